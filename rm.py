@@ -1,0 +1,349 @@
+"""The reward model (RM): from preference pairs to a number a response.
+
+Concept: the Bradley-Terry model. A pair says that `chosen` beat `rejected` for the same prompt; the RM r(x, y) is
+a language model with a linear head on its last token, trained so that sigma(r_chosen - r_rejected) is the
+probability of that verdict (paper, Eq. 1: the vanilla loss). Everything else that needs a reward - the meta step,
+PPO, the report - goes through `encode`, `collate` and `score` below, so that one text always gets one reward.
+
+    python rm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl --eval_data runs/toy/pairs/valid.jsonl \
+                 --out runs/toy/rm0
+
+writes a folder that `AutoModelForSequenceClassification.from_pretrained` reads, its tokenizer, and `log.jsonl`
+(the loss each step; accuracy on the held-out pairs every `--log_every` steps).
+"""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+import data
+
+
+# ---------------------------------------------------------------------------------------------- the loss (Eq. 1)
+
+def preference_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
+    """Eq. 1: L = -mean log sigma(r(x, y_w) - r(x, y_l)).
+
+    Shapes: both (n,), one pair an entry; returns a scalar in nats (log 2 = a coin toss).
+    Raises ValueError on other shapes. Source: paper Eq. 1; Bradley & Terry 1952.
+
+    logsigmoid, not log(sigmoid(.)): at a margin of -100 float32's sigmoid is 0 and its log -inf, and with it the
+    gradient; logsigmoid returns -100 and a gradient of 1.
+    """
+    if chosen_rewards.dim() != 1 or chosen_rewards.shape != rejected_rewards.shape or not len(chosen_rewards):
+        raise ValueError(f"preference_loss needs chosen and rejected rewards of one shape (n,), n >= 1; got "
+                         f"{tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}")
+    return -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
+
+
+# ---------------------------------------------------------------------------------- one text, one row of token ids
+
+def end_id(tokenizer) -> int:
+    """The id that ends a response: EOS, or an encoder's [SEP]."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no EOS (nor SEP) token; a response needs an end")
+    return end
+
+
+def encode(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """ids(prompt) and ids(response) + EOS. Training, scoring and the meta set all encode here and nowhere else.
+
+    The two texts are tokenized APART. Together, a token could straddle the seam, and the same prompt would then
+    have other ids for every response - and other ids than the policy was given to generate from. What a tokenizer
+    puts before a text by itself (BOS, [CLS]) goes before the prompt, once.
+    """
+    with_special, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    start = next((i for i in range(len(with_special)) if with_special[i:i + len(plain)] == plain), 0)
+    prompt_ids = with_special[:start] + tokenizer(prompt, add_special_tokens=False).input_ids
+    response_ids = tokenizer(response, add_special_tokens=False).input_ids
+    return prompt_ids, response_ids + [end_id(tokenizer)]
+
+
+def collate(tokenizer, rows: list[tuple[list[int], list[int]]], device="cpu") -> dict[str, torch.Tensor]:
+    """Rows of (prompt_ids, response_ids) -> {"input_ids", "attention_mask"}, both (n, longest row).
+
+    Padding goes on the RIGHT: real tokens then sit at the positions 0, 1, 2 ... that the model was trained with,
+    and in a causal model no real token can see a pad. (Generation pads on the left, see ppo.py.)
+    """
+    rows = [prompt_ids + response_ids for prompt_ids, response_ids in rows]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def rewards_of(forward: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(n,) rewards of a collated batch; `forward` is the model, or the model called at other parameters."""
+    return forward(**batch).logits[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------ loading a model
+
+class Float32Head(torch.nn.Linear):
+    """The reward head, computed in float32 (or float64) even inside a bf16 autocast region.
+
+    bf16 keeps 8 bits: around r = 4 its steps are 0.03, so two close responses get EQUAL rewards, |r_i - r_j| is 0,
+    and the gradient of the difference loss - which lives on small differences - vanishes.
+    """
+
+    def forward(self, hidden):
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(wide), self.weight.to(wide), bias)
+
+
+def load_reward_model(path: str, seed: int | None = None):
+    """(model, tokenizer) from a `save_pretrained` folder or hub name; float32, eval mode, on the CPU.
+
+    `seed=None`: the folder must hold a trained reward head. With a seed, a language model without one gets a new
+    head from that seed: the initialisation that RM_0 and every MetaRM round start from (paper, Figure 4).
+    Raises ValueError, naming the path and the mend, on anything that is no such model.
+
+    Eval mode is the mode for TRAINING here too: dropout off. The paper's step evaluates the model twice, at theta
+    and at theta'; with dropout these would be two different random functions, and climbing the differences
+    between responses (J) would climb the noise between two dropout masks.
+    """
+    from transformers import AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        model, tokenizer, info = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1)
+        missing = sorted(info["missing_keys"])
+        if missing and seed is None:
+            raise ValueError(f"{path}: holds no reward head ({missing[0]} is missing), so it is a language model, not "
+                             f"a reward model; train one from it with rm.py")
+        # transformers' classification heads read the last token that is NOT the pad id. Were EOS the pad id (as in
+        # GPT-2 recipes), the reward would be read before the EOS, or, at a response of EOS alone, in the prompt.
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == end_id(tokenizer):
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    head = [module for module in model.modules() if type(module) is torch.nn.Linear and module.out_features == 1]
+    if not head:
+        raise ValueError(f"{path}: no linear head with one output found in {type(model).__name__}")
+    head[-1].__class__ = Float32Head  # the same parameters under the same names, another forward
+    return model.eval(), tokenizer
+
+
+def load_pretrained(auto_class, path: str, **kwargs):
+    """(model, tokenizer, which weights the checkpoint lacks or has too many); shared by RMs and policies.
+
+    Float32 whatever the checkpoint's dtype (master weights: at lr 1e-6 a bf16 weight would not move at all; bf16
+    comes in by autocast), safetensors only, no code from the hub.
+    """
+    from transformers import AutoTokenizer, logging
+    logging.set_verbosity_error()  # "newly initialised: score.weight" is said by us, where it matters
+    logging.disable_progress_bar()
+    if not Path(path).is_dir() and (Path(path).exists() or str(path).count("/") != 1 or str(path)[0] in "./~"):
+        raise ValueError(f"{path}: no such model folder (a `save_pretrained` folder is needed, or a hub name like "
+                         f"HuggingFaceTB/SmolLM2-135M)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = auto_class.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
+                                                 output_loading_info=True, **kwargs)
+    except Exception as error:  # a dozen types, from OSError to SafetensorError: all mean the same to the user
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{path}: cannot be loaded as {auto_class.__name__} with its tokenizer: {first[:300]}") from error
+    trunk = [name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")
+             and "pooler" not in name]
+    if trunk:
+        raise ValueError(f"{path}: the checkpoint lacks {len(trunk)} weights of its own architecture, e.g. {trunk[0]}; "
+                         f"it is incomplete or of another kind of model")
+    check_finite(model, path)
+    return model, tokenizer, info
+
+
+def check_finite(model, path) -> None:
+    """Raises ValueError if a weight is NaN or infinite: neither loaded nor saved without a word."""
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"{path}: the weight {name} holds NaN or infinity; start from a sound checkpoint")
+
+
+def save_model(model, tokenizer, folder) -> None:
+    """A model folder with its tokenizer beside it, as the whole ecosystem reads it."""
+    check_finite(model, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device):
+    """bf16 on CUDA (the weights stay float32); nothing on a CPU, where it would only cost precision."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+# -------------------------------------------------------------------------------------------------------- scoring
+
+@torch.no_grad()
+def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size: int = 64) -> torch.Tensor:
+    """Rewards of n (prompt, response) texts: float32 CPU tensor (n,), in the order given.
+
+    Computed longest first, so that a batch holds rows of like length (little padding, and the batch that needs the
+    most memory comes first). In float32 without autocast: the answer must not depend on who else is in the batch.
+    Raises ValueError on unequal counts or on a text longer than the model's positions.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"score needs as many prompts as responses; got {len(prompts)} and {len(responses)}")
+    rows = encode_rows(model, tokenizer, zip(prompts, responses), "score")
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
+    rewards = torch.zeros(len(rows), dtype=torch.float32)
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        chunk = order[start:start + batch_size]
+        batch = collate(tokenizer, [rows[i] for i in chunk], device)
+        rewards[chunk] = rewards_of(model, batch).float().cpu()
+    model.train(was_training)
+    return rewards
+
+
+def encode_rows(model, tokenizer, texts, source: str, max_length: int = 0) -> list[tuple[list[int], list[int]]]:
+    """`encode` for many (prompt, response) texts. With max_length > 0, longer rows are dropped and counted on stderr.
+
+    Raises ValueError naming `source` and the row if one is longer than the model's positions, or none is left.
+    """
+    rows = [encode(tokenizer, prompt, response) for prompt, response in texts]
+    return [row for row, in keep_short(model, [(row,) for row in rows], source, max_length)]
+
+
+def encode_pairs(model, tokenizer, pairs: list[dict], max_length: int, source: str) -> list[tuple]:
+    """Preference rows -> [(chosen row, rejected row)]; a pair is kept or dropped as one. Raises as `encode_rows`."""
+    rows = [(encode(tokenizer, pair["prompt"], pair["chosen"]), encode(tokenizer, pair["prompt"], pair["rejected"]))
+            for pair in pairs]
+    return keep_short(model, rows, source, max_length)
+
+
+def check_ids(model, ids: list[int], where: str) -> None:
+    known = model.get_input_embeddings().num_embeddings
+    if max(ids, default=0) >= known:
+        raise ValueError(f"{where}: token id {max(ids)}, but the model knows only {known} tokens: this tokenizer and this "
+                         f"model do not belong together")
+
+
+def keep_short(model, groups: list[tuple], source: str, max_length: int) -> list[tuple]:
+    """Groups of encoded rows, less those with a row longer than max_length (0: none may be)."""
+    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    lengths = [max(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in group) for group in groups]
+    for i, (group, length) in enumerate(zip(groups, lengths)):
+        check_ids(model, [id for row in group for ids in row for id in ids], f"{source}, row {i + 1}")
+        if length > limit and not 0 < max_length <= limit:
+            raise ValueError(f"{source}, row {i + 1}: {length} tokens, but the model has only {limit} positions; shorten "
+                             f"the row, or drop all such rows with --max_length {limit}")
+    kept = [group for group, length in zip(groups, lengths) if not max_length or length <= max_length]
+    if groups and not kept:
+        raise ValueError(f"{source}: no row fits into --max_length {max_length}; raise it")
+    if len(kept) < len(groups):
+        print(f"{source}: {len(groups) - len(kept)} of {len(groups)} rows are longer than {max_length} tokens: dropped",
+              file=sys.stderr)
+    return kept
+
+
+def accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> float:
+    """Share of pairs whose chosen response gets the higher reward (a tie counts half)."""
+    prompts = [pair["prompt"] for pair in pairs]
+    margins = (score(model, tokenizer, prompts, [pair["chosen"] for pair in pairs], batch_size)
+               - score(model, tokenizer, prompts, [pair["rejected"] for pair in pairs], batch_size))
+    return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item()
+
+
+# ------------------------------------------------------------------------------------------- training and plumbing
+
+def epoch_batches(n: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """One epoch of n items in a seeded order, batch by batch (a smaller last batch is left out)."""
+    if n < batch_size:
+        raise ValueError(f"{n} rows are fewer than one batch of {batch_size}; lower --batch_size")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    for start in range(0, n - batch_size + 1, batch_size):
+        yield order[start:start + batch_size]
+
+
+def linear_decay(optimizer, steps: int):
+    """Learning rate from its full value down to 0 over `steps` (the paper's schedule)."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+
+
+def pair_loss(forward: Callable, tokenizer, pairs: list[tuple], device) -> torch.Tensor:
+    """Eq. 1 on encoded pairs, chosen and rejected in ONE forward: (2n,) rewards, the first n the chosen ones."""
+    batch = collate(tokenizer, [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)
+    rewards = rewards_of(forward, batch)
+    return preference_loss(rewards[:len(pairs)], rewards[len(pairs):])
+
+
+@dataclass
+class RMConfig:
+    model: str = field(metadata={"help": "language model to start from (folder or hub name), usually the SFT policy"})
+    data: str = field(metadata={"help": "preference pairs D, .jsonl or .jsonl.gz"})
+    out: str = field(metadata={"help": "folder to write the reward model to"})
+    eval_data: str = field(default="", metadata={"help": "held-out pairs for the accuracy in log.jsonl"})
+    lr: float = field(default=5e-6, metadata={"help": "alpha of Eq. 5, AdamW's learning rate, decaying to 0"})
+    batch_size: int = field(default=16, metadata={"help": "pairs a step"})
+    micro_batch_size: int = field(default=16, metadata={"help": "pairs a forward pass: lower it if memory is short"})
+    epochs: int = field(default=1, metadata={"help": "passes over D; the paper's RMs see each pair once"})
+    max_length: int = field(default=0, metadata={"help": "drop pairs longer than this many tokens; 0: refuse them"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients longer than this are scaled down to it"})
+    log_every: int = field(default=20, metadata={"help": "steps between two looks at the held-out pairs"})
+    seed: int = field(default=0, metadata={"help": "of the new head and of the order of D"})
+
+
+def train(cfg: RMConfig) -> None:
+    from tqdm import tqdm
+    with data.stage("rm.py", cfg, inputs=["model", "data", "eval_data"]) as work:
+        if work is None:
+            return
+        raw_pairs = data.read_preferences(cfg.data)
+        held_out = data.read_preferences(cfg.eval_data) if cfg.eval_data else []
+        device = pick_device()
+        model, tokenizer = load_reward_model(cfg.model, seed=cfg.seed)
+        model.to(device)
+        pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
+        batches = [batch for epoch in range(cfg.epochs)
+                   for batch in epoch_batches(len(pairs), cfg.batch_size, cfg.seed + epoch)]
+        schedule = linear_decay(optimizer, len(batches))
+        log = []
+        with tqdm(batches, desc=f"RM {cfg.out}", mininterval=1) as bar:
+            for step, batch in enumerate(bar):
+                row = {"step": step, "steps": len(batches)}
+                if held_out and step % cfg.log_every == 0:
+                    row["accuracy"] = accuracy(model, tokenizer, held_out)
+                    bar.set_postfix(accuracy=f"{row['accuracy']:.3f}", refresh=False)
+                loss = 0.0
+                for start in range(0, len(batch), cfg.micro_batch_size):
+                    chunk = [pairs[i] for i in batch[start:start + cfg.micro_batch_size]]
+                    with autocast(device):
+                        part = pair_loss(model, tokenizer, chunk, device) * len(chunk) / len(batch)
+                    part.backward()
+                    loss += part.item()
+                if not loss == loss:
+                    raise ValueError(f"--out {cfg.out}: the loss is NaN at step {step}; lower --lr")
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                log.append({**row, "loss": loss})
+        final = {"step": len(batches), "steps": len(batches)}
+        if held_out:
+            final["accuracy"] = accuracy(model, tokenizer, held_out)
+            print(f"{cfg.out}: {len(pairs)} pairs, {100 * final['accuracy']:.1f} % right on {len(held_out)} held-out pairs")
+        save_model(model, tokenizer, work)
+        data.write_jsonl(work / "log.jsonl", log + [final])
+
+
+def main(argv=None) -> int:
+    return data.command("rm.py", RMConfig, train, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
