@@ -113,8 +113,8 @@ def meta_gradient(model: torch.nn.Module, vanilla_loss: Loss | list[Loss], meta_
     for name, what in [("difference", "J (meta_loss) at theta"), ("meta_grad_norm", "|grad J| at theta"),
                        ("vanilla_loss_adapted", "L (vanilla_loss) at theta'"), ("grad_norm", "|grad L|")]:
         if not math.isfinite(info[name]):
-            raise ValueError(f"{what} is {info[name]}: look for NaN in weights and batch, or lower eta ({eta}) or "
-                             f"the learning rate; no step was taken")
+            raise ValueError(f"{what} is {info[name]}, so no step was taken: look for NaN in weights and "
+                             f"batch, or lower eta (now {eta}) or the learning rate")
     return grads, info
 
 
@@ -389,14 +389,13 @@ def train(cfg: MetaRMConfig) -> None:
                              f"{cfg.meta_batch_size}; lower --meta_batch_size")
         return model.to(device), tokenizer, samples
 
-    def J(forward, chunk, tokenizer):  # of some prompts of S, the k rows of a prompt side by side
+    def J(forward, chunk, model, tokenizer):  # of some prompts of S, k responses each
         with rm.autocast(device):
-            batch = rm.collate(tokenizer, [row for responses in chunk for row in responses], device)
-            return difference_loss(rm.rewards_of(forward, batch).view(len(chunk), -1))
+            return difference_loss(rm.rewards_of(forward, model, tokenizer, chunk).view(len(chunk), -1))
 
-    def L(forward, chunk, tokenizer):  # of some pairs of D
+    def L(forward, chunk, model, tokenizer):  # of some pairs of D
         with rm.autocast(device):
-            return rm.pair_loss(forward, tokenizer, chunk, device)
+            return rm.pair_loss(forward, model, tokenizer, chunk)
 
     with stage(cfg) as work:
         if work is not None:
@@ -406,15 +405,15 @@ def train(cfg: MetaRMConfig) -> None:
             pairs = rm.encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
             # The new head and the order of D are rm.py's with the same seed: only the gradient differs.
             order_of_D = [batch for epoch in range(cfg.epochs)
-                          for batch in rm.epoch_batches(len(pairs), cfg.batch_size, cfg.seed + epoch)]
+                          for batch in rm.epoch_batches(rm.row_lengths(pairs), cfg.batch_size, cfg.seed + epoch)]
             order_of_S = cycle(len(samples), cfg.meta_batch_size, seed=cfg.seed + 1_000_000)
             optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
             schedule = rm.linear_decay(optimizer, len(order_of_D))
             log, warned = [], False
             with tqdm(order_of_D, desc=f"MetaRM {cfg.out}", mininterval=1) as bar:
                 for step, (pair_indices, prompt_indices) in enumerate(zip(bar, order_of_S)):
-                    X_t = micro_batches(L, pairs, pair_indices, cfg.micro_batch_size, tokenizer)
-                    X_s = micro_batches(J, samples, prompt_indices, cfg.micro_batch_size, tokenizer)
+                    X_t = micro_batches(L, pairs, pair_indices, cfg.micro_batch_size, model, tokenizer)
+                    X_s = micro_batches(J, samples, prompt_indices, cfg.micro_batch_size, model, tokenizer)
                     row = {"step": step, "steps": len(order_of_D)}
                     if step % cfg.log_every == 0:
                         row |= diagnostics(model, X_t, X_s, cfg.eta, cfg.normalize)
@@ -445,7 +444,7 @@ def train(cfg: MetaRMConfig) -> None:
             if work is not None:
                 model, tokenizer, samples = load(cfg.out)
                 some = next(cycle(len(samples), min(64, len(samples)), cfg.seed))
-                X_s = micro_batches(J, samples, some, cfg.micro_batch_size, tokenizer)
+                X_s = micro_batches(J, samples, some, cfg.micro_batch_size, model, tokenizer)
                 model.load_state_dict(adapted_parameters(model, X_s, cfg.eta, cfg.normalize), strict=False)
                 rm.save_model(model, tokenizer, work)
 
@@ -454,15 +453,15 @@ def cycle(n: int, size: int, seed: int) -> Iterator[list[int]]:
     """Batches of n items for ever, every pass over them in a new seeded order."""
     import rm
     while True:
-        yield from rm.epoch_batches(n, size, seed)
+        yield from rm.epoch_batches([0] * n, size, seed)  # unsorted by length: in a small S, batches would never mix
         seed += 1
 
 
-def micro_batches(loss: Callable, rows: list, indices: list[int], size: int, tokenizer) -> list[Loss]:
+def micro_batches(loss: Callable, rows: list, indices: list[int], size: int, *context) -> list[Loss]:
     """Losses of equal weight, as `meta_gradient` wants them; a smaller last one is scaled to its share."""
     chunks = [[rows[i] for i in indices[start:start + size]] for start in range(0, len(indices), size)]
     weight = len(chunks) / len(indices)
-    return [lambda forward, chunk=chunk: weight * len(chunk) * loss(forward, chunk, tokenizer)
+    return [lambda forward, chunk=chunk: weight * len(chunk) * loss(forward, chunk, *context)
             for chunk in chunks]
 
 

@@ -408,10 +408,10 @@ def sft(cfg: PPOConfig, work) -> None:
     policy, tokenizer = load_policy(cfg.model)
     policy.to(device)
     examples = [(row["prompt"], row["response"]) for row in data.read_sft(cfg.data)]
-    rows = rm.encode_rows(policy, tokenizer, examples, cfg.data, cfg.max_length)
+    rows = [(row,) for row in rm.encode_rows(policy, tokenizer, examples, cfg.data, cfg.max_length)]
 
     def loss_of(part):
-        batch = collate(tokenizer, part, device)
+        batch = collate(tokenizer, [row for row, in part], device)
         return -masked_mean(response_logprobs(policy, batch), batch["mask"])
 
     log = fit(cfg, policy, rows, loss_of, cfg.lr or 2e-5, device)
@@ -446,7 +446,7 @@ def fit(cfg: PPOConfig, policy, rows: list, loss_of, lr: float, device) -> list[
     """The supervised loop that SFT and DPO share: AdamW, linear decay, micro-batches. Returns the log."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     batches = [batch for epoch in range(cfg.epochs)
-               for batch in rm.epoch_batches(len(rows), cfg.batch_size, cfg.seed + epoch)]
+               for batch in rm.epoch_batches(rm.row_lengths(rows), cfg.batch_size, cfg.seed + epoch)]
     schedule, log = rm.linear_decay(optimizer, len(batches)), []
     with progress(batches, f"{cfg.mode.upper()} {cfg.out}") as bar:
         for step, batch in enumerate(bar):

@@ -55,8 +55,8 @@ py() { "$PYTHON" "$@"; }
 sft_flags=(--lr 5e-3 --batch_size 32 --epochs "$sft_epochs" --seed "$seed")
 rm_flags=(--data "$run/pairs/train.jsonl" --eval_data "$run/pairs/valid.jsonl" --lr 3e-4 --batch_size 16)
 meta_flags=(--eta 0.1 --normalize --order first)
-ppo_flags=(--ref_policy "$run/sft" --prompts "$run/data/prompts-ppo.jsonl" --steps "$steps" --batch_size 128
-           --minibatch_size 64 --micro_batch_size 64 --lr 3e-4 --critic_lr 1e-3 --kl_coef 0.03)
+ppo_flags=(--ref_policy "$run/sft" --prompts "$run/data/prompts-ppo.jsonl" --steps "$steps" --batch_size 96
+           --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48 --lr 3e-4 --critic_lr 1e-3 --kl_coef 0.03)
 if [ "$preset" = smoke ]; then
   ppo_flags+=(--batch_size 16 --minibatch_size 8 --scale_prompts 16 --max_new_tokens 24)
 fi
