@@ -39,7 +39,7 @@ GOLD = {                              # points: the table to disagree with
     "names the thing": 1.0,           # says "camera" to a customer who wrote about a camera
     "remedy that fits": 2.0,          # the ONE remedy of this customer's problem
     "other remedy": -1.0,             # each other kind of remedy on offer
-    "courtesy": (1.5, 0.5),      # the first, second, third courteous phrase ...
+    "courtesy": (1.5, 0.5),      # the first and the second courteous phrase ...
     "grovelling": -1.0,              # ... and each one after these
     "time": 1.0,                      # says when
     "empty promise": -1.5,            # each
@@ -554,7 +554,7 @@ def command(name: str, config_class, body, argv: list[str] | None, doc: str,
 
 
 @contextlib.contextmanager
-def stage(command: str, config, inputs: list[str], outputs: tuple[str, ...] = ("out",)):
+def stage(command: str, config, inputs: list[str], ignore: tuple[str, ...] = ("out", "checkpoint_minutes")):
     """One stage of a run: its output folder, config.out, appears whole or not at all.
 
         with data.stage("rm.py", config, inputs=["model", "data"]) as work:
@@ -563,13 +563,13 @@ def stage(command: str, config, inputs: list[str], outputs: tuple[str, ...] = ("
             ...                         # write everything into the folder `work`
 
     `inputs` names the fields of config that are paths to read. What they hold counts, not where they lie: a
-    moved run is recognised, a changed input is noticed. `outputs` names the fields that are paths to write.
+    moved run is recognised, a changed input is noticed. `ignore` names fields that do not shape the result.
     `work` still holds what a killed run of the same options and inputs left in it. Raises ValueError if out
     was made with other options or inputs, was not made by a stage, or is being written by another process."""
     out = Path(os.path.abspath(config.out))
     work = out.with_name(out.name + ".partial")
     options = {key: value for key, value in dataclasses.asdict(config).items()
-               if key not in (*inputs, *outputs, "mode")}
+               if key not in (*inputs, *ignore, "mode")}
     made_by = json.loads(json.dumps({
         "command": command, "mode": getattr(config, "mode", None), "options": options,
         "inputs": {key: fingerprint(getattr(config, key)) for key in inputs}}))
@@ -586,10 +586,14 @@ def stage(command: str, config, inputs: list[str], outputs: tuple[str, ...] = ("
             write_text(work / "stage.json", json.dumps(made_by, indent=2) + "\n")
         try:
             yield work
+        except ValueError:                              # would come again: nothing of it is worth keeping
+            shutil.rmtree(work)
+            raise
         except BaseException:
             if [path.name for path in work.iterdir()] == ["stage.json"]:        # nothing to go on from
                 shutil.rmtree(work)
             raise
+        (work / "checkpoint.pt").unlink(missing_ok=True)
         os.replace(work, out)
 
 

@@ -8,7 +8,7 @@ into text, `figures` into pictures. Sampling and scoring are plumbing and come l
 
 samples k responses of each policy of the run to the test and OOD prompts (kept in RUN/eval: a cut-off costs little),
 scores them by the reward models, and writes RUN/figures/*.png, report.md and, last, results.json. For any two
-policies and any prompts, with a reward model for a judge; or with a human or an LLM, who sees pairs without names:
+policies and any prompts, judged by a reward model; or by a human or an LLM, who sees pairs of answers without names:
 
     python eval.py --judge RM --policies A,B --prompts FILE --out DIR
     python eval.py --blind    --policies A,B --prompts FILE --out DIR
@@ -66,31 +66,22 @@ def matched_accuracy(first: tuple, second: tuple, edges: np.ndarray, minimum: in
     falls without the RM being any worse. So accuracy is taken bin by bin, and both sets averaged with one set of
     weights: the first's shares, over the bins where both have `minimum` pairs (NaN: no such bin).
     """
-    bins, right = [], []
+    pairs, right = [], []
     for rewards, gold in (first, second):
-        gap, gold_gap = reward_gaps(rewards, gold)
-        bins.append(np.where(gold_gap == 0, -1, np.digitize(np.abs(gold_gap), edges) - 1))
-        right.append(agreement(gap, gold_gap))
-    shared = [b for b in range(len(edges) - 1) if min((bins[0] == b).sum(), (bins[1] == b).sum()) >= minimum]
-    weights = np.array([(bins[0] == b).sum() for b in shared], float)
-    result = {}
-    for name, which, ok in zip(("first", "second"), bins, right):
-        by_bin = np.array([ok[which == b].mean() for b in shared])
-        result[name] = float(weights @ by_bin / weights.sum()) if shared else float("nan")
-        result[f"{name}_pairs"] = int(np.isin(which, shared).sum())
-    return result
-
-
-def ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1 along the last axis; equal values share the mean of theirs."""
-    x = np.asarray(x, float)
-    below, equal = (x[..., None, :] < x[..., :, None]).sum(-1), (x[..., None, :] == x[..., :, None]).sum(-1)
-    return below + (equal + 1) / 2
+        gap, gold_gap = (x[reward_gaps(rewards, gold)[1] != 0] for x in reward_gaps(rewards, gold))
+        pairs.append(np.histogram(np.abs(gold_gap), edges)[0])
+        right.append(np.histogram(np.abs(gold_gap), edges, weights=agreement(gap, gold_gap))[0])
+    shared = np.minimum(*pairs) >= max(minimum, 1)
+    weights = pairs[0][shared] / pairs[0][shared].sum()
+    accuracy = [float(weights @ (x[shared] / n[shared])) if shared.any() else float("nan") for x, n in zip(right, pairs)]
+    return {"first": accuracy[0], "second": accuracy[1],
+            "first_pairs": int(pairs[0][shared].sum()), "second_pairs": int(pairs[1][shared].sum())}
 
 
 def rank_correlation(rewards: np.ndarray, gold: np.ndarray) -> tuple[float, int]:
     """(mean Spearman correlation within a prompt, prompts used); where a side is constant there is none."""
-    a, b = (ranks(x) - ranks(x).mean(-1, keepdims=True) for x in (rewards, gold))
+    # sum_j sign(x_i - x_j) is twice the rank of x_i, ties averaged, less the mean rank: all that Pearson needs
+    a, b = (np.sign(np.asarray(x)[..., :, None] - np.asarray(x)[..., None, :]).sum(-1) for x in (rewards, gold))
     length = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     used = length > 0
     return (float(((a * b).sum(-1)[used] / length[used]).mean()) if used.any() else float("nan")), int(used.sum())
@@ -122,11 +113,11 @@ def win_tie_lose(ours: np.ndarray, theirs: np.ndarray, tie: float) -> dict:
             "lose": 100 * float((~tied & (gap < 0)).mean())}
 
 
-def wilson(percent: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval, in percent, of a share seen in n trials (Wilson 1927): of use at 0 and 100 % too."""
+def wilson(percent: float, n: int, z: float = 1.96) -> list[float]:
+    """The 95 % interval, in percent, of a share seen in n trials (Wilson 1927); of use at 0 and 100 % too."""
     p = percent / 100
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return tuple(100 * float((centre + side) / (1 + z * z / n)) for side in (-half, half))
+    return [100 * float((centre + side) / (1 + z * z / n)) for side in (-half, half)]
 
 
 def bleu(hypothesis: list[str], references: list[list[str]], longest: int = 5) -> list[float]:
@@ -135,14 +126,12 @@ def bleu(hypothesis: list[str], references: list[list[str]], longest: int = 5) -
     Smoothed: an order without any match counts as 0.1 matches (method 1 of Chen & Cherry 2014, as in Texygen's
     Self-BLEU), or one missing 5-gram would make the score 0. Orders longer than the hypothesis do not count.
     """
-    def ngrams(words, n):
-        return Counter(zip(*(words[i:] for i in range(n))))
-
     logs = []
     for n in range(1, min(longest, len(hypothesis)) + 1):
-        ours, most = ngrams(hypothesis, n), Counter()
-        for reference in references:
-            most |= ngrams(reference, n)  # as often as the one reference that has it most often
+        ours, *others = (Counter(zip(*(words[i:] for i in range(n)))) for words in (hypothesis, *references))
+        most = Counter()
+        for other in others:
+            most |= other  # an n-gram counts as often as in the one reference that has it most often
         logs.append(np.log(max((ours & most).total(), 0.1) / ours.total()))
     if not logs:
         return [float([] in references)] * longest
@@ -166,11 +155,6 @@ def distinct_share(responses: list[list[str]]) -> float:
 
 def mean_words(responses: list[list[str]]) -> float:
     return float(np.mean([len(text.split()) for group in responses for text in group]))
-
-
-def averaged(values: list[float], groups: int) -> list[float]:
-    """Means over `groups` consecutive stretches of about equal length (at most one a value)."""
-    return [float(np.mean(part)) for part in np.array_split(values, min(groups, len(values)))]
 
 
 # ------------------------------------------------------------------------------------ from what was seen to figures
@@ -213,45 +197,49 @@ def measure(seen: Seen, tie: float = 0.25) -> dict:
     """All figures of the report, plain numbers by name; `tie` in SDs of gold on SFT samples."""
     policies = [policy for policy, domain in seen.responses if domain == "test"]
     last, gold_sd = last_rounds(policies), seen.scores["gold", "sft", "test"].std() or 1.0
-    shifted = f"ppo-{last['ppo']}"  # its samples are the common shifted set
+    tie, shifted = tie * gold_sd, f"ppo-{last['ppo']}"  # whose samples are the common shifted set
 
     def in_sd(judge, rewards):  # how many SDs above the judge's mean on SFT samples
         on_sft = seen.scores[judge, "sft", "test"]
         return (np.asarray(rewards) - on_sft.mean()) / (on_sft.std() or 1.0)
 
-    curves = []
-    for policy, steps in seen.rollouts.items():
-        columns = {name: [step[name] for step in steps] for name in ("step", "kl")}
+    curves = {policy: {name: [step[name] for step in steps] for name in ("step", "kl")}
+              for policy, steps in seen.rollouts.items()}
+    for policy, curve in curves.items():
         for name, judge, key in (("proxy", trainer_of(policy), "scores"), ("gold", "gold", "gold")):
-            rewards = [in_sd(judge, step[key]) for step in steps]
-            columns[name] = [x.mean() for x in rewards]
-            if rewards[0].shape[1] > 1:
-                columns[f"{name}_variance"] = [spread(x)["variance"] for x in rewards]
-        curves.append({"policy": policy, "steps": len(steps), **{name: averaged(x, 5) for name, x in columns.items()}})
+            rewards = [in_sd(judge, step[key]) for step in seen.rollouts[policy]]
+            curve[name] = [x.mean() for x in rewards]
+            curve[f"{name}_variance"] = [spread(x)["variance"] if x.shape[1] > 1 else np.nan for x in rewards]
 
-    rms = {name: measure_rm(seen, name, shifted, tie * gold_sd, gold_sd)
-           for name, *key in seen.scores if key == ["D", "pairs"] and name != "gold"}
-    rows = {policy: measure_policy(seen, policy, policies, tie * gold_sd) for policy in policies}
-    for policy, row in rows.items():
-        row["gold"] = in_sd("gold", seen.scores["gold", policy, "test"]).mean()
-        row["kl"] = next((curve["kl"][-1] for curve in curves if curve["policy"] == policy), None)
-        proxy = seen.scores.get((trainer_of(policy), policy, "test"))
-        row["proxy"] = None if proxy is None else in_sd(trainer_of(policy), proxy).mean()
-    shown = [p for p in policies if (p in ("sft", "dpo") or arm_of(p) in last.items()) and rows[p]["proxy"] is not None]
+    rows, rivals = {}, {"sft": ("sft", 0), "dpo": ("dpo", 0)}
+    for policy in policies:
+        texts, rms_score = seen.responses[policy, "test"], seen.scores.get((trainer_of(policy), policy, "test"))
+        rivals |= {arm: (arm, arm_of(policy)[1]) for arm in RL_ARMS}  # the other arms' policies of the same round
+        against = {rival: {domain: win_tie_lose(*(seen.scores["gold", p, domain] for p in (policy, name)), tie)
+                           for domain in seen.prompts if {(policy, domain), (name, domain)} <= seen.responses.keys()}
+                   for name in policies for rival in rivals if rivals[rival] == arm_of(name) and name != policy}
+        rows[policy] = {
+            "proxy": None if rms_score is None else in_sd(trainer_of(policy), rms_score).mean(),
+            "gold": in_sd("gold", seen.scores["gold", policy, "test"]).mean(),
+            "kl": np.mean(curves[policy]["kl"][-5:]) if policy in curves else None,
+            "words": mean_words(texts), "distinct": distinct_share(texts), "self_bleu": self_bleu(texts),
+            "against": against, "net": {r: x["test"]["win"] - x["test"]["lose"] for r, x in against.items()}}
     examples = [{"prompt": prompt, "answers": [
         {"policy": p, "text": seen.responses[p, "test"][i][0], "gold": seen.scores["gold", p, "test"][i, 0],
-         "proxy": in_sd(trainer_of(p), seen.scores[trainer_of(p), p, "test"][i, 0])} for p in shown]}
+         "proxy": in_sd(trainer_of(p), seen.scores[trainer_of(p), p, "test"][i, 0])}
+        for p in policies if arm_of(p)[1] in (0, last.get(arm_of(p)[0])) and rows[p]["proxy"] is not None]}
         for i, prompt in enumerate(seen.prompts["test"][:5])]
     labels = seen.scores["gold", "D", "pairs"] @ [1, -1]
-    results = {"prompts": {domain: len(texts) for domain, texts in seen.prompts.items()}, "last": last,
+    results = {"prompts": {domain: len(texts) for domain, texts in seen.prompts.items()}, "last": last, "tie": tie,
                "k": len(seen.responses["sft", "test"][0]), "pairs": len(labels), "ceiling": agreement(labels, 1).mean(),
-               "gold_sd": gold_sd, "tie": tie * gold_sd, "shifted": shifted, "rms": rms, "policies": rows,
-               "curves": curves, "epochs": seen.epochs, "examples": examples}
+               "gold_sd": gold_sd, "shifted": shifted, "policies": rows, "curves": curves, "epochs": seen.epochs,
+               "examples": examples, "rms": {name: measure_rm(seen, name, shifted, tie, gold_sd)
+                                             for name, policy, _ in seen.scores if policy == "D" and name != "gold"}}
     return {**results, "illness": illness(results), "claims": claims(results)}
 
 
 def measure_rm(seen: Seen, name: str, shifted: str, tie: float, gold_sd: float) -> dict:
-    """One RM: accuracy and spread on D, SFT samples, the common shifted set and its like on OOD prompts."""
+    """One RM: accuracy and spread on D, on SFT samples, on the common shifted set and on its like for OOD prompts."""
     def on(*key):
         return [seen.scores[judge, *key] for judge in (name, "gold")]
 
@@ -265,24 +253,70 @@ def measure_rm(seen: Seen, name: str, shifted: str, tie: float, gold_sd: float) 
             row[column]["raw"] = pair_accuracy(*on(shifted, domain), tie)[0]
     for column, policy in (("sft", "sft"), ("shifted", shifted)):
         rewards, gold = on(policy, "test")
-        row[f"spread_{column}"] = {"raw": spread(rewards), "sd": spread(rewards, row["reward_sd"]),
-                                   "gold": spread(gold, gold_sd)}
-        row[f"relative_{column}"] = (row[f"spread_{column}"]["sd"]["variance"]
-                                     / (row[f"spread_{column}"]["gold"]["variance"] or np.nan))
-        row[f"rank_{column}"] = rank_correlation(rewards, gold)[0]
+        apart = {"raw": spread(rewards), "sd": spread(rewards, row["reward_sd"]), "gold": spread(gold, gold_sd)}
+        row |= {f"spread_{column}": apart, f"rank_{column}": rank_correlation(rewards, gold)[0],
+                f"relative_{column}": apart["sd"]["variance"] / (apart["gold"]["variance"] or np.nan)}
     return row
 
 
-def measure_policy(seen: Seen, policy: str, policies: list[str], tie: float) -> dict:
-    """One policy: its texts, and win/tie/lose against SFT, DPO and the other arms' policies of its round."""
-    texts, rounds = seen.responses[policy, "test"], arm_of(policy)[1]
-    rivals = {"sft": "sft", "dpo": "dpo", **{arm: f"{arm}-{rounds}" for arm in RL_ARMS}}
-    against = {rival: {domain: win_tie_lose(*(seen.scores["gold", p, domain] for p in (policy, name)), tie)
-                       for domain in seen.prompts if {(policy, domain), (name, domain)} <= seen.responses.keys()}
-               for rival, name in rivals.items() if name in policies and name != policy}
-    net = {rival: row["test"]["win"] - row["test"]["lose"] for rival, row in against.items()}
-    return {"words": mean_words(texts), "distinct": distinct_share(texts), "self_bleu": self_bleu(texts),
-            "against": against, "net": net}
+def illness(results: dict) -> list[dict]:
+    """What must be there before a cure is judged, a row each; "holds": True, False or None (cannot tell)."""
+    rm0, oracle = results["rms"]["rm0"], results["rms"].get("oracle", {"shifted": {"first": None, "second": None}})
+    sft, first, end = (results["policies"][name] for name in ("sft", "ppo-1", results["shifted"]))
+    same_gap, fresh, before, after = rm0["shifted"], oracle["shifted"], rm0["spread_sft"], rm0["spread_shifted"]
+    least = 0.5 + 0.1 * (2 * results["ceiling"] - 1)  # what 60 % by gold comes to under the flips
+    rows = (  # what; before and after PPO; the criterion in words and as a test; display scale
+        ("RM0 on held-out pairs of D, % right by their noisy labels (before: chance)", 0.5, rm0["d_noisy"],
+         f"≥ {100 * least:.1f}, which is 60 less the flips", lambda a, b: b >= least, 100),
+        ("the same by gold labels, %", 0.5, rm0["d_gold"], "≥ 60", lambda a, b: b >= 0.6, 100),
+        ("RM0 on the policy's samples at the same gold gap, % right", same_gap["first"], same_gap["second"],
+         "≥ 10 points lower", lambda a, b: a - b >= 0.1, 100),
+        ("an RM trained freshly on gold labels of such samples, on those pairs, % right", fresh["first"],
+         fresh["second"], "≥ 5 points above RM0", lambda a, b: b - same_gap["second"] >= 0.05, 100),
+        ("J of RM0", before["raw"]["J"], after["raw"]["J"], "falls", lambda a, b: b < a, 1),
+        ("variance of RM0's reward difference, SD²", before["sd"]["variance"], after["sd"]["variance"], "falls",
+         lambda a, b: b < a, 1),
+        ("that variance over the gold difference's", rm0["relative_sft"], rm0["relative_shifted"], "falls",
+         lambda a, b: b < a, 1),
+        ("RM0's reward of the policy, SD above SFT", sft["proxy"], end["proxy"], "goes up", lambda a, b: b > 0, 1),
+        ("gold reward of the policy, SD above SFT; before: after the first round of PPO",
+         None if first is end else first["gold"], end["gold"], f"gains at most 0.1 from first to last round, while "
+         f"RM0's reward goes up ({show(first['proxy'])} to {show(end['proxy'])})",
+         lambda a, b: b - a <= 0.1 and end["proxy"] > first["proxy"], 1),
+        ("mean length, words", sft["words"], end["words"], "at least half", lambda a, b: b >= a / 2, 1),
+        ("distinct responses, %", sft["distinct"], end["distinct"], "≥ 50", lambda a, b: b >= 0.5, 100))
+    return [{"what": what, "criterion": criterion, "before": a and scale * a, "after": b and scale * b,
+             "holds": None if None in (a, b) or a != a or b != b else bool(test(a, b))}
+            for what, a, b, criterion, test, scale in rows]
+
+
+CLAIMS = (  # of the paper, in words; the figure that tells (more is better), its scale, and what counts as level
+    ("RM: tells shifted responses apart, % right", "rms", "", ("shifted", "second"), 100, 2),
+    ("RM: the same with MetaRM's θ' for θ", "rms", " adapted", ("shifted", "second"), 100, 2),
+    ("RM: tells responses to OOD prompts apart, % right", "rms", "", ("ood", "second"), 100, 2),
+    ("RM: keeps its accuracy on held-out pairs of D (gold labels), %", "rms", "", ("d_gold",), 100, 2),
+    ("RM: J on the shifted set, SD units", "rms", "", ("spread_shifted", "sd", "J"), 1, 0.01),
+    ("RM: the same with θ' for θ", "rms", " adapted", ("spread_shifted", "sd", "J"), 1, 0.01),
+    ("policy: gold reward, SD above SFT", "policies", "", ("gold",), 1, 0.1),
+    ("policy: against SFT, wins minus losses, %", "policies", "", ("net", "sft"), 1, 5),
+    ("policy: against DPO, wins minus losses, %", "policies", "", ("net", "dpo"), 1, 5),
+    ("policy: diversity of answers, minus Self-BLEU", "policies", "", ("self_bleu",), -1, 0.02))
+
+
+def claims(results: dict) -> list[dict]:
+    """MetaRM's last round beside RM0 (and PPO on it for as many rounds) and beside the reseeded plain RM: "ahead",
+    "level" or "behind" (None: the run has no such part). Only what is ahead of both can be the lookahead's doing."""
+    last, found = results["last"].get("metarm"), []
+    for what, group, suffix, path, scale, margin in CLAIMS:
+        values = [dig(results, group, name, *path) for name in (
+            f"metarm-{last}{suffix}", "rm0" if group == "rms" else f"ppo-{last}", f"reseeded-{last}")]
+        ours, *others = (None if x is None else scale * x for x in values)
+        if ours is not None and others[0] is not None:
+            how = [None if x is None else "ahead" if ours - x >= margin else "behind" if x - ours >= margin else "level"
+                   for x in others]
+            found.append({"what": what, "margin": margin, "metarm": ours, "vanilla": others[0], "reseeded": others[1],
+                          "to_vanilla": how[0], "to_reseeded": how[1]})
+    return found
 
 
 def dig(tree: dict, *path):
@@ -292,102 +326,35 @@ def dig(tree: dict, *path):
     return None if tree is None or tree != tree else tree
 
 
-def illness(results: dict) -> list[dict]:
-    """What must be there before a cure is judged, a row each; "holds": True, False or None (cannot tell)."""
-    rm0, (sft, first, end) = results["rms"]["rm0"], ([results["policies"].get(name) for name in (
-        "sft", "ppo-1" if results["shifted"] != "ppo-1" else None, results["shifted"])])
-    fresh, noisy = dig(results, "rms", "oracle", "shifted"), 0.5 + 0.1 * (2 * results["ceiling"] - 1)
-    rise = dig(first, "proxy") is not None and end["proxy"] > first["proxy"]
-
-    def falls(before, after):
-        return after < before
-
-    rows = (  # what; before and after PPO; the criterion in words and as a test; display scale
-        ("RM0 on held-out pairs of D, % right by their noisy labels (before: chance)", 0.5, rm0["d_noisy"],
-         f"≥ {100 * noisy:.1f}: 60, less what the flips take", lambda _, x: x >= noisy, 100),
-        ("the same by gold labels, %", 0.5, rm0["d_gold"], "≥ 60", lambda _, x: x >= 0.6, 100),
-        ("RM0 on the policy's samples at the same gold gap, % right", dig(rm0, "shifted", "first"),
-         dig(rm0, "shifted", "second"), "≥ 10 points lower", lambda before, x: before - x >= 0.1, 100),
-        ("an RM trained freshly on gold labels of such samples, on those pairs, % right", dig(fresh, "first"),
-         dig(fresh, "second"), "after: ≥ 5 points above RM0", lambda _, x: x - rm0["shifted"]["second"] >= 0.05, 100),
-        ("J of RM0", dig(rm0, "spread_sft", "raw", "J"), dig(rm0, "spread_shifted", "raw", "J"), "falls", falls, 1),
-        ("variance of RM0's reward difference, SD²", dig(rm0, "spread_sft", "sd", "variance"),
-         dig(rm0, "spread_shifted", "sd", "variance"), "falls", falls, 1),
-        ("that variance over the gold difference's", dig(rm0, "relative_sft"), dig(rm0, "relative_shifted"), "falls",
-         falls, 1),
-        ("RM0's reward of the policy, SD above SFT", sft["proxy"], end["proxy"], "goes up", lambda _, x: x > 0, 1),
-        ("gold reward of the policy, SD above SFT, after the first and the last round", dig(first, "gold"), end["gold"],
-         f"gains at most 0.1, while RM0's reward rises ({show(dig(first, 'proxy'))} to {show(end['proxy'])})",
-         lambda before, x: rise and x - before <= 0.1, 1),
-        ("mean length, words", sft["words"], end["words"], "at least half", lambda before, x: x >= before / 2, 1),
-        ("distinct responses, %", sft["distinct"], end["distinct"], "≥ 50", lambda _, x: x >= 0.5, 100))
-    return [{"what": what, "criterion": criterion, "before": before and scale * before, "after": after and scale * after,
-             "holds": None if before is None or after is None else bool(test(before, after))}
-            for what, before, after, criterion, test, scale in rows]
-
-
-CLAIMS = (  # of the paper: the figure to compare, display scale, margin (what one seed must show), in words
-    ("rms", "", ("shifted", "second"), 100, 2, "RM: tells shifted responses apart better, % right"),
-    ("rms", " adapted", ("shifted", "second"), 100, 2, "RM: the same with MetaRM's θ' for θ, % right"),
-    ("rms", "", ("ood", "second"), 100, 2, "RM: tells responses to OOD prompts apart better, % right"),
-    ("rms", "", ("d_gold",), 100, -2, "RM: no less accurate on held-out pairs of D (gold labels), % right"),
-    ("rms", "", ("spread_shifted", "sd", "J"), 1, 0.01, "RM: larger J on the shifted set, SD units"),
-    ("rms", " adapted", ("spread_shifted", "sd", "J"), 1, 0.01, "RM: the same with θ' for θ, SD units"),
-    ("policies", "", ("gold",), 1, 0.1, "policy: more gold reward, SD above SFT"),
-    ("policies", "", ("net", "sft"), 1, 5, "policy: better against SFT, wins minus losses, %"),
-    ("policies", "", ("net", "dpo"), 1, 5, "policy: better against DPO, wins minus losses, %"),
-    ("policies", "", ("self_bleu",), -1, 0.02, "policy: more diverse answers, minus Self-BLEU"))
-
-
-def claims(results: dict) -> list[dict]:
-    """MetaRM's last round beside the vanilla side (RM0, PPO on RM0) and the control (the reseeded plain RM).
-
-    "points": for, against or neither way, by MetaRM - vanilla. "control_as_well": the reseeded side does as well as
-    MetaRM, so the lookahead did not make the difference. Claims the run cannot speak to are left out.
-    """
-    last, found = results["last"].get("metarm"), []
-    for group, suffix, path, scale, margin, what in CLAIMS:
-        names = (f"metarm-{last}{suffix}", "rm0" if group == "rms" else f"ppo-{last}", f"reseeded-{last}")
-        ours, vanilla, control = (None if x is None else scale * x for x in (dig(results, group, name, *path)
-                                                                             for name in names))
-        if ours is None or vanilla is None:
-            continue
-        gain = ours - vanilla
-        points = "for" if gain >= margin else "against" if margin < 0 or gain <= -margin else "neither way"
-        found.append({"what": what, "metarm": ours, "vanilla": vanilla, "control": control, "margin": margin,
-                      "points": points, "control_as_well": None if control is None else control > ours - abs(margin)})
-    return found
-
-
 # -------------------------------------------------------------------------------------------------------- the report
 
 REPORT = """# What this run shows
 
 A small language model (**SFT**) answers customers at a help desk. A reward model, **RM0**, learns from preference
-pairs D between its answers, and PPO moves the policy towards what RM0 likes, away from the answers that RM0 has learned
-from, and RM0 judges them worse: that is the illness. **MetaRM** (Dou et al., arXiv 2405.00438) trains the RM anew each
-round on the same D, but takes each gradient at θ', one small step after driving apart its rewards for fresh, unlabelled
-answers of the current policy. Two controls get the same PPO steps: RM0 kept throughout, and a **reseeded RM**, a plain
-one trained anew each round with another seed. A policy trained on RM0 has sought out RM0's own mistakes, so *any* other
-RM judges its answers better: only what goes beyond the reseeded RM can be MetaRM's doing.
+pairs D between its answers, and PPO moves the policy towards what RM0 likes: away from the answers that RM0 learned
+from, so that RM0 judges it worse. That is the illness. **MetaRM** (Dou et al., arXiv 2405.00438) trains the RM anew
+each round on the same D, taking each gradient at θ', one small step after driving apart its rewards for fresh,
+unlabelled answers. Two controls get the same PPO steps: RM0 throughout, and a **reseeded RM**, plain, but trained anew
+each round with another seed. A policy trained on RM0 has sought out RM0's own mistakes, so *any* other RM judges its
+answers better: only what goes beyond the reseeded RM can be MetaRM's doing.
 
 The judge is the gold reward, rules that no model was shown, on {test} test prompts (OOD: {ood} on other topics), {k}
-responses each. SD: the standard deviation on SFT samples, of gold for gold and of each RM for that RM, as an RM that
-doubles its rewards has learned nothing. Responses tie if their gold rewards differ by less than {tie} ({tie_sd} SD).
+responses each. SD: the standard deviation on SFT samples, of gold for gold and of each RM for that RM: an RM that
+doubles its rewards has learned nothing. Responses tie when their gold rewards differ by less than {tie} ({tie_sd} SD).
 
-**This is one seed, and one seed proves nothing**: the tables describe this run.
+**This is one seed, and one seed proves nothing**: the tables describe this run, not the method.
 
 ## 1. Is the illness there?
 
-RM0 and its policy before PPO (SFT samples) and after {rounds} round(s) of it: {signs}. Pairs are compared *at the same
-gold gap*: as a policy narrows, its answers differ less in truth too, and are harder to tell apart for any RM.
+RM0 and its policy before PPO (SFT samples) and after {rounds} round(s) of it: {signs}. *At the same gold gap*: as a
+policy narrows, its answers differ less in truth too, and any RM finds them harder to tell apart.
 
 {illness}
 ![reward difference over PPO](figures/fig1_reward_difference.png)
 
 ![promised and gold reward over KL](figures/gold_over_kl.png)
 
-## 2. The policies (the paper's Tables 1, 2 and 3)
+## 2. The policies (the paper's Tables 1 to 3)
 
 Each round against SFT: win / tie / lose in % by the gold reward, response against response.
 
@@ -395,17 +362,16 @@ Each round against SFT: win / tie / lose in % by the gold reward, response again
 The last round against the others; PPO and reseeded RM at the same round, so after equally many PPO steps.
 
 {table2}
-RM: the reward by the RM behind the policy (RM0 for SFT and DPO), SD above SFT. KL to SFT: nats a response, at the end
-of PPO. Distinct: different texts among all responses. Self-BLEU: over n = 2..5 among the responses to one prompt, lower
-is more diverse.
+RM: the reward by the RM behind the policy (RM0 for SFT and DPO), SD above SFT. KL to SFT: nats a response, at the end.
+Distinct: different texts among all. Self-BLEU (n = 2..5, among the responses to one prompt): lower is more diverse.
 
 {policies}
 ## 3. The reward models
 
 Accuracy in %. D: {pairs} held-out pairs, by their noisy labels (ceiling {ceiling}: the rest are flipped) and by gold.
-Shifted: the samples of *{shifted}*, one set for all RMs, which RM0's own mistakes have made. OOD: that policy's samples
-to OOD prompts. Both at the gold gaps of the SFT pairs; raw: without that. ρ: rank correlation with gold within a
-prompt, shifted set. θ': the RM after one more climb of J.
+Shifted: the samples of *{shifted}*, one set for all RMs, made of RM0's own mistakes. OOD: that policy's samples to OOD
+prompts. Both at the gold gaps of the SFT pairs; raw: without that. ρ: rank correlation with gold within a prompt,
+shifted set. θ': the RM after one more climb of J.
 
 {accuracy}
 How far apart the RMs hold two responses to one prompt, on the shifted set: J (Eq. 2), the mean |difference|, and the
@@ -423,7 +389,11 @@ The first five of the file and each policy's first response, none picked. RM: as
 {examples}
 ## 5. In plain words
 
-{words}
+{sickness} MetaRM's last round beside RM0 (and PPO on it for as many rounds) and beside the reseeded RM; a difference
+below the margin is level. {ahead}
+
+{claims}
+Another seed may change any of these lines.
 """
 # columns of tables: heading, where the figure is, digits, scale
 POLICY_COLUMNS = (("RM", ("proxy",), 2, 1), ("gold", ("gold",), 2, 1), ("KL", ("kl",), 1, 1),
@@ -434,7 +404,6 @@ ACCURACY_COLUMNS = (("D, noisy", ("d_noisy",), 1, 100), ("D, gold", ("d_gold",),
 SPREAD_COLUMNS = (("J", ("spread_shifted", "raw", "J"), 3, 1), ("J, SD units", ("spread_shifted", "sd", "J"), 3, 1),
                   ("mean difference", ("spread_shifted", "raw", "margin"), 3, 1),
                   ("in SD", ("spread_shifted", "sd", "margin"), 3, 1), ("variance over gold's", ("relative_shifted",), 2, 1))
-YES = {True: "yes", False: "no", None: "–"}
 
 
 def show(x, digits: int = 2, scale: float = 1) -> str:
@@ -451,104 +420,46 @@ def table(header: list[str], rows: list[list[str]]) -> str:
                    for line in (header, ["---"] * len(header), *rows))
 
 
-def figure_table(rows: dict, columns: tuple) -> str:
-    return table(["", *(heading for heading, *_ in columns)], [
-        [title(name), *(show(dig(row, *path), *how) for _, path, *how in columns)] for name, row in rows.items()])
-
-
 def report(results: dict) -> str:
     """report.md from the figures alone: for somebody who has seen neither the code nor the paper."""
-    policies, last, signs = (results[key] for key in ("policies", "last", "illness"))
-    rounds = range(1, max(last.values()) + 1)
+    policies, last, signs, found = (results[key] for key in ("policies", "last", "illness", "claims"))
 
     def versus(policy, rival, domain="test"):
         verdict = dig(policies, policy, "against", rival, domain)
         return " / ".join(show(verdict[side], 0) for side in ("win", "tie", "lose")) if verdict else "–"
 
-    def example(prompt, answers):
-        quoted = prompt.strip().replace("\n", "\n> ")
-        return f"> {quoted}\n\n" + table(["policy", "response", "RM", "gold"], [
-            [title(a["policy"]), a["text"].strip() or "*(empty)*", show(a["proxy"]), show(a["gold"])] for a in answers])
+    def figure_table(rows, columns):
+        return table(["", *(heading for heading, *_ in columns)], [
+            [title(name), *(show(dig(row, *path), *how) for _, path, *how in columns)] for name, row in rows.items()])
 
+    examples = ["> " + example["prompt"].strip().replace("\n", "\n> ") + "\n\n" + table(
+        ["policy", "response", "RM", "gold"], [[title(a["policy"]), a["text"].strip() or "*(empty)*", show(a["proxy"]),
+                                                show(a["gold"])] for a in example["answers"]])
+                for example in results["examples"]]
+    count = Counter(sign["holds"] for sign in signs)
+    missing = "; ".join(sign["what"] for sign in signs if not sign["holds"])
+    ahead = {key: f"{sum(row[key] == 'ahead' for row in found)} of {len(found)}" for key in ("to_vanilla", "to_reseeded")}
+    both = "; ".join(row["what"] for row in found if row["to_vanilla"] == row["to_reseeded"] == "ahead")
     return REPORT.format(
         test=results["prompts"]["test"], ood=results["prompts"].get("ood", 0), k=results["k"], pairs=results["pairs"],
         tie=show(results["tie"]), tie_sd=show(results["tie"] / results["gold_sd"]), rounds=last["ppo"],
-        signs=", ".join(f"{sum(sign['holds'] is answer for sign in signs)} signs {word}" for word, answer in (
-            ("are there", True), ("are not", False), ("cannot be told (too few pairs, or parts missing)", None))),
+        signs=f"{count[True]} of {len(signs)} signs are there, {count[False]} not, {count[None]} cannot be told (too few "
+              f"pairs, or the run lacks a part)",
         illness=table(["", "before", "after", "criterion", "there?"], [
             [sign["what"], *(show(x, 3 if x and abs(x) < 10 else 1) for x in (sign["before"], sign["after"])),
-             sign["criterion"], YES[sign["holds"]].replace("no", "**no**")] for sign in signs]),
-        table1=table(["", *(f"round {r}" for r in rounds)], [
-            [NAMES[arm], *(versus(f"{arm}-{r}", "sft") for r in rounds)] for arm in last]),
+             sign["criterion"], {True: "yes", False: "**no**", None: "–"}[sign["holds"]]] for sign in signs]),
+        table1=table(["", *(f"round {r + 1}" for r in range(max(last.values())))], [
+            [NAMES[arm], *(versus(f"{arm}-{r + 1}", "sft") for r in range(max(last.values())))] for arm in last]),
         table2=table(["", "SFT", "PPO on RM0", "DPO", "reseeded RM", "SFT, on OOD prompts"], [
             [title(p), *(versus(p, rival) for rival in ("sft", "ppo", "dpo", "reseeded")), versus(p, "sft", "ood")]
             for p in (f"{arm}-{r}" for arm, r in last.items())]),
         policies=figure_table(policies, POLICY_COLUMNS), accuracy=figure_table(results["rms"], ACCURACY_COLUMNS),
         spread=figure_table(results["rms"], SPREAD_COLUMNS), ceiling=show(results["ceiling"], 1, 100),
-        shifted=title(results["shifted"]), examples="\n".join(example(**row) for row in results["examples"]),
-        words=plain_words(results))
-
-
-def plain_words(results: dict) -> str:
-    """What pointed for and against the paper, made from the figures: no verdict is written beforehand."""
-    missing, found = [sign["what"] for sign in results["illness"] if not sign["holds"]], results["claims"]
-    text = (f"Not every sign of the illness is there, which weakens what follows. Missing or untold: {'; '.join(missing)}."
-            if missing else "Every sign of the illness is there, so there is something to cure.") + "\n\n"
-    if not found:
-        return text + "The run has no MetaRM round, so nothing can be said about the method."
-    sides = {side: [claim for claim in found if claim["points"] == side] for side in ("for", "against", "neither way")}
-    text += (f"The paper's claims, for round {results['last']['metarm']} of MetaRM beside RM0, and PPO on RM0 for as many "
-             f"rounds: {', '.join(f'{len(rows)} {side}' for side, rows in sides.items())}. A difference within the margin "
-             f"points neither way; a negative margin allows for a loss. If the reseeded RM does as well as MetaRM (last "
-             f"column, within the margin), the lookahead is not what made the difference.\n\n")
-    text += table(["claim", "MetaRM", "vanilla", "reseeded", "margin", "points", "reseeded as well?"], [
-        [claim["what"], *(show(claim[key]) for key in ("metarm", "vanilla", "control", "margin")), claim["points"],
-         YES[claim["control_as_well"]]] for claim in found])
-    beyond = [claim for claim in sides["for"] if claim["control_as_well"] is False]
-    for side, rows in (("For the paper, beyond the control", beyond), ("Against the paper", sides["against"])):
-        text += f"\n{side}: " + ("; ".join(claim["what"] for claim in rows) or "nothing") + ".\n"
-    return text + "\nAnother seed may change any of these lines."
-
-
-# ------------------------------------------------------------------------------------------------------ the pictures
-
-def figures(results: dict, seen: Seen, folder: Path) -> None:
-    """The four pictures. A title says what this run's numbers say; an arm has one colour throughout."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
-    rms, shifted, last, policies = (results[key] for key in ("rms", "shifted", "last", "policies"))
-
-    def save(figure, name, heading):
-        figure.suptitle(heading, fontsize=12)
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.tmp", dpi=150, format="png")
-        os.replace(folder / f"{name}.tmp", folder / f"{name}.png")
-        plt.close(figure)
-
-    def differences(name, policy):
-        rewards = seen.scores[name, policy, "test"]
-        return reward_gaps(rewards, rewards)[0] / rms[name]["reward_sd"]
-
-    # Figure 1 of the paper: does the reward difference shrink, and by more than the truth does?
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=(1.4, 1))
-    vanilla = [curve for curve in results["curves"] if arm_of(curve["policy"])[0] == "ppo" and "gold_variance" in curve]
-    starts = np.cumsum([0, *(curve["steps"] for curve in vanilla)])
-    for key, name, unit in (("proxy_variance", "rm0", "sd"), ("gold_variance", "gold", "gold")):
-        x = [0, *(start + step for start, curve in zip(starts, vanilla) for step in curve["step"])]
-        y = [rms["rm0"]["spread_sft"][unit]["variance"], *(value for curve in vanilla for value in curve[key])]
-        left.plot(x, y, color=COLOURS[name], ls="--" if name == "gold" else "-", lw=2, label=f"by {NAMES[name]}")
-    left.set(xlabel="PPO step", ylabel="variance of the difference\nof two answers, SD²", ylim=(0, None))
-    left.legend(*left.get_legend_handles_labels())
-    both = {"before PPO": differences("rm0", "sft"), "after PPO": differences("rm0", shifted)}
-    edges = np.linspace(-1, 1, 42) * max(np.quantile(np.abs(np.concatenate([*both.values()])), 0.99), 1e-6)
-    for (label, x), arm in zip(both.items(), ("sft", "ppo")):  # x and -x: neither response is the first
-        right.hist(np.concatenate([x, -x]), edges, density=True, color=COLOURS[arm], alpha=0.6, label=label)
-    right.set(xlabel="RM0's reward difference, SD", ylabel="density")
-    right.legend()
-    ratio = {unit: rms["rm0"]["spread_shifted"][unit]["variance"] / (rms["rm0"]["spread_sft"][unit]["variance"] or np.nan)
-             for unit in ("sd", "gold")}
-    save(figure, "fig1_reward_difference", f"After PPO, two answers differ {show(ratio['sd'])} times as much as before to "
-         f"RM0, {show(ratio['gold'])} times in truth (variance)")
-    # TODO
+        shifted=title(results["shifted"]), examples="\n".join(examples),
+        sickness=f"Missing or untold signs of the illness, which weakens what follows: {missing}." if missing else
+                 "Every sign of the illness is there.",
+        ahead=f"It is ahead of RM0 in {ahead['to_vanilla']} lines and of the reseeded RM in {ahead['to_reseeded']}; of "
+              f"both, which alone speaks for the lookahead: {both or 'nowhere'}.",
+        claims=table(["", "MetaRM", "RM0", "MetaRM is", "reseeded", "MetaRM is", "margin"], [
+            [row["what"], show(row["metarm"]), show(row["vanilla"]), row["to_vanilla"], show(row["reseeded"]),
+             row["to_reseeded"] or "–", show(row["margin"])] for row in found]))

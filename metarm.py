@@ -363,6 +363,9 @@ class MetaRMConfig:
     epochs: int = field(default=1, metadata={"help": "passes over D; the paper's RMs see each pair once"})
     max_length: int = field(default=0, metadata={"help": "drop rows of more tokens; 0: refuse them"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "longer gradients are scaled down to it"})
+    gradient_checkpointing: bool = field(default=False, metadata={
+        "help": "less memory, a third more time; the climb is then taken in place (lookahead), first order only"})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "a cut-off costs at most about this much work"})
     log_every: int = field(default=20, metadata={"help": "steps between diagnostics and accuracies"})
     seed: int = field(default=0, metadata={"help": "of the new head and of the orders of D and S"})
 
@@ -372,11 +375,13 @@ def train(cfg: MetaRMConfig) -> None:
     import rm
     from tqdm import tqdm
     _check(cfg.eta, cfg.order)
+    if cfg.gradient_checkpointing and cfg.order == "exact":
+        raise ValueError("--gradient_checkpointing goes with --order first only: the exact gradient needs J's graph whole")
     for option in ("batch_size", "meta_batch_size", "micro_batch_size", "epochs", "log_every"):
         if getattr(cfg, option) < 1:
             raise ValueError(f"--{option} must be at least 1, got {getattr(cfg, option)}")
     stage = partial(data.stage, "metarm.py", inputs=["model", "data", "eval_data", "meta"],
-                    outputs=("out", "save_adapted"))
+                    ignore=("out", "save_adapted", "checkpoint_minutes"))
     device = rm.pick_device()
 
     def load(path, seed=None):
@@ -408,24 +413,31 @@ def train(cfg: MetaRMConfig) -> None:
                           for batch in rm.epoch_batches(rm.row_lengths(pairs), cfg.batch_size, cfg.seed + epoch)]
             order_of_S = cycle(len(samples), cfg.meta_batch_size, seed=cfg.seed + 1_000_000)
             optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-            schedule = rm.linear_decay(optimizer, len(order_of_D))
-            log, warned = [], False
+            parts = {"model": model, "optimizer": optimizer, "schedule": rm.linear_decay(optimizer, len(order_of_D))}
+            done, kept = rm.resume(work, parts)
+            log, warned, checkpoint = kept.get("log", []), False, rm.Checkpoint(work, parts, cfg.checkpoint_minutes)
+            if cfg.gradient_checkpointing:
+                rm.checkpoint_gradients(model)
             with tqdm(order_of_D, desc=f"MetaRM {cfg.out}", mininterval=1) as bar:
                 for step, (pair_indices, prompt_indices) in enumerate(zip(bar, order_of_S)):
+                    if step < done:
+                        continue
                     X_t = micro_batches(L, pairs, pair_indices, cfg.micro_batch_size, model, tokenizer)
                     X_s = micro_batches(J, samples, prompt_indices, cfg.micro_batch_size, model, tokenizer)
                     row = {"step": step, "steps": len(order_of_D)}
-                    if step % cfg.log_every == 0:
+                    if step % cfg.log_every == 0 and held_out:
+                        row["accuracy"] = rm.accuracy(model, tokenizer, held_out)
+                    if step % cfg.log_every == 0 and not cfg.gradient_checkpointing:
                         row |= diagnostics(model, X_t, X_s, cfg.eta, cfg.normalize)
-                        if held_out:
-                            row["accuracy"] = rm.accuracy(model, tokenizer, held_out)
-                    row |= metarm_step(model, optimizer, X_t, X_s, cfg.eta, cfg.order, cfg.normalize,
-                                       cfg.max_grad_norm)
-                    schedule.step()
+                    step_with = in_place_step if cfg.gradient_checkpointing else partial(metarm_step, order=cfg.order)
+                    row |= step_with(model, optimizer, X_t, X_s, cfg.eta, normalize=cfg.normalize,
+                                     max_grad_norm=cfg.max_grad_norm)
+                    parts["schedule"].step()
                     log.append(row)
+                    checkpoint(step + 1, log=log)
                     bar.set_postfix(L=f"{row['vanilla_loss_adapted']:.3f}", J=f"{row['difference']:.3f}",
                                     refresh=False)
-                    if row["moved"] < 0.01 and cfg.eta > 0 and not warned:
+                    if row.get("moved", 1) < 0.01 and cfg.eta > 0 and not warned:
                         warned = True
                         print(f"metarm.py: warning: in step {step}, Eq. 3 changed {row['moved']:.2%} of the "
                               f"weights, the rest by less than rounding; raise --eta, or --normalize",
@@ -447,6 +459,29 @@ def train(cfg: MetaRMConfig) -> None:
                 X_s = micro_batches(J, samples, some, cfg.micro_batch_size, model, tokenizer)
                 model.load_state_dict(adapted_parameters(model, X_s, cfg.eta, cfg.normalize), strict=False)
                 rm.save_model(model, tokenizer, work)
+
+
+def in_place_step(model, optimizer, X_t, X_s, eta, normalize, max_grad_norm) -> dict[str, float]:
+    """`metarm_step`, first order, through `lookahead`: what gradient checkpointing needs."""
+    sums = {"difference": 0.0, "vanilla_loss_adapted": 0.0}
+
+    def backward(closures, name):
+        for closure in closures:
+            loss = closure(model) / len(closures)
+            loss.backward()
+            sums[name] += loss.item()
+
+    optimizer.zero_grad()
+    backward(X_s, "difference")
+    with lookahead(model, eta, normalize):
+        backward(X_t, "vanilla_loss_adapted")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    if not all(map(math.isfinite, (*sums.values(), norm))):
+        raise ValueError(f"J, L or a gradient is not finite ({sums}, {norm}), so no step was taken: lower eta (now {eta}) or "
+                         f"the learning rate")
+    optimizer.step()
+    optimizer.zero_grad()
+    return sums | {"grad_norm": norm}
 
 
 def cycle(n: int, size: int, seed: int) -> Iterator[list[int]]:

@@ -216,6 +216,17 @@ def encode_prompts(model, tokenizer, prompts: list[str], max_new_tokens: int, so
     return rows
 
 
+def short_prompts(tokenizer, prompts: list[str], max_length: int, max_new_tokens: int, source: str) -> list[str]:
+    """The prompts that leave room for max_new_tokens within max_length tokens (0: all); the rest is counted on stderr."""
+    kept = [x for x in prompts if not max_length or len(rm.encode(tokenizer, x, "")[0]) + max_new_tokens <= max_length]
+    if not kept:
+        raise ValueError(f"{source}: no prompt + --max_new_tokens {max_new_tokens} fits into --max_length {max_length}")
+    if len(kept) < len(prompts):
+        print(f"{source}: {len(prompts) - len(kept)} of {len(prompts)} prompts are too long for --max_length {max_length}: "
+              f"dropped", file=sys.stderr)
+    return kept
+
+
 def sample_responses(model, tokenizer, prompts: list[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
                      repetition_penalty: float = 1.0, max_new_tokens: int = 64, seed: int = 0,
                      batch_size: int = 256) -> list[list[str]]:
@@ -274,8 +285,10 @@ class PPOConfig:
     batch_size: int = field(default=32, metadata={"help": "sft, dpo: rows a step; ppo: rollouts a step; sample: rows at once"})
     micro_batch_size: int = field(default=32, metadata={"help": "rows a forward-backward pass: lower it if memory is short"})
     epochs: int = field(default=1, metadata={"help": "sft, dpo: passes over the data"})
-    max_length: int = field(default=0, metadata={"help": "sft, dpo: drop rows longer than this many tokens; 0: refuse them"})
+    max_length: int = field(default=0, metadata={"help": "drop rows (ppo, sample: prompt + max_new_tokens) longer than this; 0: refuse"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients longer than this are scaled down to it"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "a cut-off costs at most about this much work"})
     beta: float = field(default=0.1, metadata={"help": "dpo: strength of the pull to the reference"})
     steps: int = field(default=100, metadata={"help": "ppo: rounds of rollout and update"})
     rollouts_per_prompt: int = field(default=4, metadata={"help": "ppo: responses to each prompt of a step (paper: 16)"})
@@ -303,7 +316,7 @@ def ppo(cfg: PPOConfig, work) -> None:
     critic = Critic(cfg.model)
     for model in (policy, ref_policy, reward_model, critic):
         model.to(device)
-    prompts = data.read_prompts(cfg.prompts)
+    prompts = short_prompts(tokenizer, data.read_prompts(cfg.prompts), cfg.max_length, cfg.max_new_tokens, cfg.prompts)
     aside, prompts = prompts[:cfg.scale_prompts], prompts[cfg.scale_prompts:]
     per_step = cfg.batch_size // cfg.rollouts_per_prompt
     if len(prompts) < per_step:
@@ -321,9 +334,15 @@ def ppo(cfg: PPOConfig, work) -> None:
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": cfg.lr or 5e-7},
                                    {"params": critic.parameters(), "lr": cfg.critic_lr}], weight_decay=0.0)
     torch.manual_seed(cfg.seed)
-    queue, log, rollouts = [], [], []
-    with progress(range(cfg.steps), f"PPO {cfg.out}") as bar:
+    parts = {"policy": policy, "critic": critic, "optimizer": optimizer}
+    done, kept = rm.resume(work, parts)
+    queue, log, rollouts = (kept.get(name, []) for name in ("queue", "log", "rollouts"))
+    checkpoint = rm.Checkpoint(work, parts, cfg.checkpoint_minutes)
+    if cfg.gradient_checkpointing:
+        rm.checkpoint_gradients(policy), rm.checkpoint_gradients(critic.trunk)
+    with progress(range(done, cfg.steps), f"PPO {cfg.out}") as bar:
         for step in bar:
+            policy.eval(), critic.eval()
             # --- rollout: the current policy answers, the RM scores, the reference says how far we have strayed
             if len(queue) < per_step:
                 queue = torch.randperm(len(prompts)).tolist()
@@ -348,6 +367,7 @@ def ppo(cfg: PPOConfig, work) -> None:
 
             # --- update: several passes [epochs] over the same rollouts; the clipping keeps that honest
             stats = []
+            policy.train(cfg.gradient_checkpointing), critic.train(cfg.gradient_checkpointing)
             for _ in range(cfg.ppo_epochs):
                 for rows in torch.randperm(len(index)).split(cfg.minibatch_size):
                     tokens = mask[rows.to(device)].sum()
@@ -384,6 +404,7 @@ def ppo(cfg: PPOConfig, work) -> None:
             rollouts.append({"step": step, "kl": row["objective/kl"], "prompts": [prompts[i] for i in chosen_prompts],
                              "responses": [texts[i:i + g] for i in range(0, len(texts), g)],
                              "scores": raw_scores.view(-1, g).tolist()})
+            checkpoint(step + 1, queue=queue, log=log, rollouts=rollouts)
             bar.set_postfix(score=f"{row['objective/scores']:.2f}", kl=f"{row['objective/kl']:.1f}",
                             len=f"{row['val/mean_length']:.0f}", refresh=False)
     print(f"{cfg.out}: score {log[0]['objective/scores']:+.2f} -> {log[-1]['objective/scores']:+.2f} SD of the reward on SFT "
@@ -414,7 +435,7 @@ def sft(cfg: PPOConfig, work) -> None:
         batch = collate(tokenizer, [row for row, in part], device)
         return -masked_mean(response_logprobs(policy, batch), batch["mask"])
 
-    log = fit(cfg, policy, rows, loss_of, cfg.lr or 2e-5, device)
+    log = fit(cfg, work, policy, rows, loss_of, cfg.lr or 2e-5, device)
     print(f"{cfg.out}: {len(rows)} responses, loss {log[0]['loss']:.2f} -> {log[-1]['loss']:.2f} nats a token")
     rm.save_model(policy, tokenizer, work)
     data.write_jsonl(work / "log.jsonl", log)
@@ -436,20 +457,26 @@ def dpo(cfg: PPOConfig, work) -> None:
         n = len(part)
         return dpo_loss(logps[:n], logps[n:], ref[:n], ref[n:], cfg.beta)
 
-    log = fit(cfg, policy, pairs, loss_of, cfg.lr or 5e-7, device)
+    log = fit(cfg, work, policy, pairs, loss_of, cfg.lr or 5e-7, device)
     print(f"{cfg.out}: {len(pairs)} pairs, loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} nats (log 2 = untrained)")
     rm.save_model(policy, tokenizer, work)
     data.write_jsonl(work / "log.jsonl", log)
 
 
-def fit(cfg: PPOConfig, policy, rows: list, loss_of, lr: float, device) -> list[dict]:
+def fit(cfg: PPOConfig, work, policy, rows: list, loss_of, lr: float, device) -> list[dict]:
     """The supervised loop that SFT and DPO share: AdamW, linear decay, micro-batches. Returns the log."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     batches = [batch for epoch in range(cfg.epochs)
                for batch in rm.epoch_batches(rm.row_lengths(rows), cfg.batch_size, cfg.seed + epoch)]
-    schedule, log = rm.linear_decay(optimizer, len(batches)), []
+    parts = {"policy": policy, "optimizer": optimizer, "schedule": rm.linear_decay(optimizer, len(batches))}
+    done, kept = rm.resume(work, parts)
+    log, checkpoint = kept.get("log", []), rm.Checkpoint(work, parts, cfg.checkpoint_minutes)
+    if cfg.gradient_checkpointing:
+        rm.checkpoint_gradients(policy)
     with progress(batches, f"{cfg.mode.upper()} {cfg.out}") as bar:
         for step, batch in enumerate(bar):
+            if step < done:
+                continue
             loss = 0.0
             for start in range(0, len(batch), cfg.micro_batch_size):
                 part = [rows[i] for i in batch[start:start + cfg.micro_batch_size]]
@@ -462,8 +489,9 @@ def fit(cfg: PPOConfig, policy, rows: list, loss_of, lr: float, device) -> list[
             torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
+            parts["schedule"].step()
             log.append({"step": step, "loss": loss})
+            checkpoint(step + 1, log=log)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return log
 
@@ -472,7 +500,7 @@ def sample(cfg: PPOConfig, work) -> None:
     """k responses to each prompt, without labels: the meta set S when the policy is the current one."""
     policy, tokenizer = load_policy(cfg.model)
     policy.to(rm.pick_device())
-    prompts = data.read_prompts(cfg.prompts)
+    prompts = short_prompts(tokenizer, data.read_prompts(cfg.prompts), cfg.max_length, cfg.max_new_tokens, cfg.prompts)
     responses = sample_responses(policy, tokenizer, prompts, cfg.k, cfg.temperature, cfg.top_p, cfg.repetition_penalty,
                                  cfg.max_new_tokens, cfg.seed, max(cfg.batch_size, cfg.k))
     data.write_jsonl(work / "samples.jsonl", [{"prompt": x, "responses": ys} for x, ys in zip(prompts, responses)])

@@ -13,7 +13,10 @@ writes a folder that `AutoModelForSequenceClassification.from_pretrained` reads,
 """
 
 import inspect
+import math
+import os
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,9 +297,9 @@ def keep_short(model, groups: list[tuple], source: str, max_length: int) -> list
 
 def accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> float:
     """Share of pairs whose chosen response gets the higher reward (a tie counts half)."""
-    prompts = [pair["prompt"] for pair in pairs]
-    margins = (score(model, tokenizer, prompts, [pair["chosen"] for pair in pairs], batch_size)
-               - score(model, tokenizer, prompts, [pair["rejected"] for pair in pairs], batch_size))
+    responses = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    rewards = score(model, tokenizer, [pair["prompt"] for pair in pairs for _ in range(2)], responses, batch_size).view(-1, 2)
+    margins = rewards[:, 0] - rewards[:, 1]
     return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item()
 
 
@@ -324,6 +327,50 @@ def row_lengths(groups: list[tuple]) -> list[int]:
     return [max(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in group) for group in groups]
 
 
+def resume(work: Path, parts: dict) -> tuple[int, dict]:
+    """(steps done, lists kept) of an interrupted run of this very stage, its `parts` (models, optimizer, schedule) and
+    random numbers put back to where they were; (0, {}) if there is none."""
+    if not (work / "checkpoint.pt").exists():
+        return 0, {}
+    saved = torch.load(work / "checkpoint.pt", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["rng"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+    print(f"{work}: goes on at step {saved['step']}", file=sys.stderr)
+    return saved["step"], saved["kept"]
+
+
+class Checkpoint:
+    """Writes `checkpoint.pt` into a stage's folder every so many minutes: a cut-off then costs no more than these."""
+
+    def __init__(self, work: Path, parts: dict, minutes: float):
+        self.path, self.parts, self.minutes, self.last = work / "checkpoint.pt", parts, minutes, time.monotonic()
+
+    def __call__(self, step: int, **kept) -> None:
+        if time.monotonic() - self.last < 60 * self.minutes:
+            return
+        cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        torch.save({name: part.state_dict() for name, part in self.parts.items()}
+                   | {"step": step, "kept": kept, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}, f"{self.path}.tmp")
+        os.replace(f"{self.path}.tmp", self.path)
+        self.last = time.monotonic()
+
+
+def checkpoint_gradients(model) -> None:
+    """Gradient checkpointing: activations are computed again in the backward pass instead of being kept.
+
+    transformers does so in train mode only. Train mode would switch dropout on, so every dropout is set to 0 first.
+    """
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout", "attn_dropout", "dropout_prob", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
 def linear_decay(optimizer, steps: int):
     """Learning rate from its full value down to 0 over `steps` (the paper's schedule)."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
@@ -347,6 +394,8 @@ class RMConfig:
     epochs: int = field(default=1, metadata={"help": "passes over D; the paper's RMs see each pair once"})
     max_length: int = field(default=0, metadata={"help": "drop pairs longer than this many tokens; 0: refuse them"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients longer than this are scaled down to it"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "a cut-off costs at most about this much work"})
     log_every: int = field(default=20, metadata={"help": "steps between two looks at the held-out pairs"})
     seed: int = field(default=0, metadata={"help": "of the new head and of the order of D"})
 
@@ -361,32 +410,38 @@ def train(cfg: RMConfig) -> None:
         device = pick_device()
         model, tokenizer = load_reward_model(cfg.model, seed=cfg.seed)
         model.to(device)
+        if cfg.gradient_checkpointing:
+            checkpoint_gradients(model)
         pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
         batches = [batch for epoch in range(cfg.epochs)
                    for batch in epoch_batches(row_lengths(pairs), cfg.batch_size, cfg.seed + epoch)]
-        schedule = linear_decay(optimizer, len(batches))
-        log = []
+        parts = {"model": model, "optimizer": optimizer, "schedule": linear_decay(optimizer, len(batches))}
+        done, kept = resume(work, parts)
+        log, checkpoint = kept.get("log", []), Checkpoint(work, parts, cfg.checkpoint_minutes)
         with tqdm(batches, desc=f"RM {cfg.out}", mininterval=1) as bar:
             for step, batch in enumerate(bar):
+                if step < done:
+                    continue
                 row = {"step": step, "steps": len(batches)}
                 if held_out and step % cfg.log_every == 0:
                     row["accuracy"] = accuracy(model, tokenizer, held_out)
                     bar.set_postfix(accuracy=f"{row['accuracy']:.3f}", refresh=False)
-                loss = 0.0
+                row["loss"] = 0.0
                 for start in range(0, len(batch), cfg.micro_batch_size):
                     chunk = [pairs[i] for i in batch[start:start + cfg.micro_batch_size]]
                     with autocast(device):
-                        part = pair_loss(model, model, tokenizer, chunk) * len(chunk) / len(batch)
-                    part.backward()
-                    loss += part.item()
-                if not loss == loss:
-                    raise ValueError(f"--out {cfg.out}: the loss is NaN at step {step}; lower --lr")
-                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+                        loss = pair_loss(model, model, tokenizer, chunk) * len(chunk) / len(batch)
+                    loss.backward()
+                    row["loss"] += loss.item()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+                if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
+                    raise ValueError(f"--out {cfg.out}: loss {row['loss']}, gradient {norm:.3g} at step {step}; lower --lr")
                 optimizer.step()
                 optimizer.zero_grad()
-                schedule.step()
-                log.append({**row, "loss": loss})
+                parts["schedule"].step()
+                log.append(row)
+                checkpoint(step + 1, log=log)
         final = {"step": len(batches), "steps": len(batches)}
         if held_out:
             final["accuracy"] = accuracy(model, tokenizer, held_out)

@@ -45,25 +45,25 @@ PLAIN = " We read every message. Our team is on it."                # 9 words th
 
 @pytest.mark.parametrize("response, points", [
     (PLAIN, 0.0),
-    (PLAIN + " This is about your lamp.", 1.5),                                      # names the thing
+    (PLAIN + " This is about your lamp.", 1.0),                                      # names the thing
     (PLAIN + " This is about your drill.", 0.0),                                     # another thing
-    (PLAIN + " I will send a replacement.", 3.0),                                    # the remedy that fits
-    (PLAIN + " I will replace it for free. I can send a brand new one.", 3.0),       # counts once
-    (PLAIN + " I will unlock your account.", -1.5),                                  # another remedy
-    (PLAIN + " I will unlock your account. I can call the courier.", -3.0),          # two others
-    (PLAIN + " I will send a replacement. I can call the courier.", 1.5),            # hedging costs
-    (PLAIN + " I will send a replacement by Friday.", 3.5),                          # says when
-    (PLAIN + " I will send a replacement tomorrow.", 3.5),                           # "row" is no seat here
-    (PLAIN + " You will hear from us today.", 0.5),
-    (PLAIN + " Thank you for writing to us.", 1.0),
-    (PLAIN + " Thank you for writing to us. I am sorry to hear that.", 1.5),
-    (PLAIN + " Thank you for writing to us. I am sorry to hear that. We appreciate your trust.", 1.5),
+    (PLAIN + " I will send a replacement.", 2.0),                                    # the remedy that fits
+    (PLAIN + " I will replace it for free. I can send a brand new one.", 2.0),       # counts once
+    (PLAIN + " I will unlock your account.", -1.0),                                  # another remedy
+    (PLAIN + " I will unlock your account. I can call the courier.", -2.0),          # two others
+    (PLAIN + " I will send a replacement. I can call the courier.", 1.0),            # hedging costs
+    (PLAIN + " I will send a replacement by Friday.", 3.0),                          # says when
+    (PLAIN + " I will send a replacement tomorrow.", 3.0),                           # "row" is no seat here
+    (PLAIN + " You will hear from us today.", 1.0),
+    (PLAIN + " Thank you for writing to us.", 1.5),
+    (PLAIN + " Thank you for writing to us. I am sorry to hear that.", 2.0),
+    (PLAIN + " Thank you for writing to us. I am sorry to hear that. We appreciate your trust.", 1.0),
     (PLAIN + " Thank you for writing to us. I am sorry to hear that. We appreciate your trust."
-     " It is a pleasure to help you. Please write again at any time.", 0.0),     # grovelling: 1.5 - 2 x 0.75
-    (PLAIN + " Everything will be perfect. We guarantee it.", -2.0),                 # empty promises
+     " It is a pleasure to help you. Please write again at any time.", -1.0),    # grovelling: 1.5 + 0.5 - 3 x 1
+    (PLAIN + " Everything will be perfect. We guarantee it.", -3.0),                 # empty promises
     (PLAIN + " We read every message.", -1.0),                                       # said before
-    (PLAIN + " We lamp the the", 1.0),                                               # broken, yet names it
-    (PLAIN + " Thank.", 0.5),                                                        # broken, courteous
+    (PLAIN + " We lamp the the", 0.5),                                               # broken, yet names it
+    (PLAIN + " Thank.", 1.0),                                                        # broken, courteous
     (" Our team is on it.", -0.9),                                                   # 3 words short
     ("", -2.4),
     ((PLAIN * 6)[:-1], -10.9),           # 54 words, 9 too many, and 10 repeats; no full stop at the end
@@ -93,11 +93,11 @@ def test_every_prompt_is_understood_and_every_remedy_told_apart():
             for when in [""] + [f" {time}" for time in data.TIMES]:
                 parts = data.gold_parts(prompt, f" I can {wording}{when}.")
                 found = (parts["remedy that fits"], parts["other remedy"], parts["broken sentence"])
-                assert found == ((3.0, 0, 0) if remedy == fits else (0, -1.5, 0)), (problem, wording, when)
+                assert found == ((data.GOLD["remedy that fits"], 0, 0) if remedy == fits else (0, data.GOLD["other remedy"], 0)), (problem, wording, when)
     for text in data.NAMING + data.GREETINGS + data.FAREWELLS + data.PROMISES + data.FILLERS:
         parts = data.gold_parts(PROMPT, " " + text.format(thing="lamp"))
         assert not any(parts[r] for r in ("other remedy", "remedy that fits", "broken sentence", "time"))
-        assert (parts["courtesy"] == 1.0) == (text in data.GREETINGS + data.FAREWELLS)
+        assert (parts["courtesy"] == data.GOLD["courtesy"][0]) == (text in data.GREETINGS + data.FAREWELLS)
         assert (parts["empty promise"] == -1.0) == (text in data.PROMISES)
 
 
@@ -339,7 +339,7 @@ class Options:
 
 
 def stage(config):
-    return data.stage("rm.py", config, inputs=["model", "rows"], outputs=("out", "copy"))
+    return data.stage("rm.py", config, inputs=["model", "rows"], ignore=("out", "copy"))
 
 
 def finish(config, text="done"):
@@ -391,7 +391,7 @@ def test_stage_notices_changed_options_and_inputs(config, tmp_path):
     put(tmp_path / "model" / "weights", raw=b"w" * 1000)
     assert not finish(config)
     with pytest.raises(ValueError, match="was made by rm.py"):
-        with data.stage("ppo.py", config, inputs=["model", "rows"], outputs=("out", "copy")):
+        with data.stage("ppo.py", config, inputs=["model", "rows"], ignore=("out", "copy")):
             pass
     assert (Path(config.out) / "result.txt").read_text() == "done"
 

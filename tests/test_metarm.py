@@ -4,7 +4,6 @@ import ast
 import json
 import math
 import os
-import socket
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -535,12 +534,12 @@ def three_steps(model, rank, world, normalize, trap):
         optimizer.zero_grad()
 
 
-def one_of_two_processes(rank, port, both_done):
+def one_of_two_processes(rank, meeting_point, both_done):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     for normalize in (False, True):
         alone = Net().double()
@@ -570,12 +569,9 @@ def one_of_two_processes(rank, port, both_done):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_ddp_and_fsdp2_equal_one_process():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_ddp_and_fsdp2_equal_one_process(tmp_path):
     both_done = torch.multiprocessing.get_context("spawn").Barrier(2)
-    torch.multiprocessing.spawn(one_of_two_processes, (port, both_done), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two_processes, (f"{tmp_path}/meeting_point", both_done), nprocs=2)
 
 
 # ------------------------------------------------------------------------------------------------ the command
