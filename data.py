@@ -39,8 +39,8 @@ GOLD = {                              # points: the table to disagree with
     "names the thing": 1.0,           # says "camera" to a customer who wrote about a camera
     "remedy that fits": 2.0,          # the ONE remedy of this customer's problem
     "other remedy": -1.0,             # each other kind of remedy on offer
-    "courtesy": (1.5, 0.5),      # the first and the second courteous phrase ...
-    "grovelling": -1.0,              # ... and each one after these
+    "courtesy": (1.5, 0.5),           # the first and the second courteous phrase ...
+    "grovelling": -1.0,             # ... and each one after these
     "time": 1.0,                      # says when
     "empty promise": -1.5,            # each
     "repeated sentence": -1.0,        # each

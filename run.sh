@@ -47,9 +47,9 @@ case $preset in
 esac
 seed=${SEED:-0}
 
-# The models are tiny: one thread each, and two arms side by side, is faster than two threads for one - and the same
-# thread count gives the same sums, so the same results, on any machine.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Two threads up to RM 0, then two arms side by side with one thread each: these models are too small to gain much from
+# the second thread. Fixed numbers, since another count adds up in another order and gives other (equally good) results.
+export OMP_NUM_THREADS=2
 py() { "$PYTHON" "$@"; }
 
 sft_flags=(--lr 5e-3 --batch_size 32 --epochs "$sft_epochs" --seed "$seed")
@@ -86,9 +86,6 @@ vanilla_arm() { # RM 0 throughout: vanilla RLHF, whose policy walks away from RM
     py ppo.py ppo --model "$last" --reward_model "$run/rm0" "${ppo_flags[@]}" --seed "$seed$r" --out "$run/ppo-$r/policy"
     last=$run/ppo-$r/policy
   done
-  # DPO on the same pairs: the paper's other baseline
-  py ppo.py dpo --model "$run/sft" --data "$run/pairs/train.jsonl" --lr 1e-4 --batch_size 16 --seed "$seed" \
-                --out "$run/dpo"
   # the oracle: what an RM with GOLD labels on vanilla PPO's own samples can still tell apart
   py ppo.py sample --model "$last" --prompts "$run/data/prompts-meta.jsonl" --k 4 --batch_size 512 --seed "$seed" \
                    --out "$run/oracle/samples"
@@ -107,6 +104,11 @@ reseeded_arm() { # a plain RM with another head and order of D each round: any R
   done
 }
 
+dpo_arm() { # preferences without RM or rollouts: the paper's other baseline
+  py ppo.py dpo --model "$run/sft" --data "$run/pairs/train.jsonl" --lr 1e-4 --batch_size 16 --seed "$seed" \
+                --out "$run/dpo"
+}
+
 metarm_arm() { # the paper's rounds
   local last=$run/sft r
   for r in $(seq "$rounds"); do
@@ -123,11 +125,13 @@ metarm_arm() { # the paper's rounds
 }
 
 echo "== $rounds round(s): MetaRM here; its controls beside it on the other core (progress in $run/controls.log)"
+export OMP_NUM_THREADS=1
 set -m  # a process group of its own: Ctrl-C here then stops it as a whole, the Python inside included
 { vanilla_arm; reseeded_arm; } > "$run/controls.log" 2>&1 &
 controls=$!
 set +m
 trap 'kill -- "-$controls" 2>/dev/null || true' EXIT
+dpo_arm
 metarm_arm
 echo "== waiting for the controls"
 wait "$controls" || { tail -n 5 "$run/controls.log" >&2; exit 1; }
@@ -135,4 +139,5 @@ trap - EXIT
 grep -v 'it/s\|s/it' "$run/controls.log" || true
 
 echo "== The report"
+export OMP_NUM_THREADS=2
 py eval.py --run "$run" --seed "$seed"

@@ -98,7 +98,7 @@ def test_every_prompt_is_understood_and_every_remedy_told_apart():
         parts = data.gold_parts(PROMPT, " " + text.format(thing="lamp"))
         assert not any(parts[r] for r in ("other remedy", "remedy that fits", "broken sentence", "time"))
         assert (parts["courtesy"] == data.GOLD["courtesy"][0]) == (text in data.GREETINGS + data.FAREWELLS)
-        assert (parts["empty promise"] == -1.0) == (text in data.PROMISES)
+        assert (parts["empty promise"] == data.GOLD["empty promise"]) == (text in data.PROMISES)
 
 
 def test_world(world):

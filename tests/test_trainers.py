@@ -239,9 +239,11 @@ def test_trl_snippet(tmp_path, monkeypatch):
                                               normalize=normalize)
 
     model, tokenizer = rm.load_reward_model("runs/toy/sft", seed=0)
-    D, S = rm.encode_pairs(model, tokenizer, pairs, 0, "D"), [row for rows in variables["S"] for row in rows]
-    def L(forward): return rm.pair_loss(forward, tokenizer, D, "cpu")
-    def J(forward): return metarm.difference_loss(rm.rewards_of(forward, rm.collate(tokenizer, S)).view(4, 3))
+    pair_rows = [rm.encode(tokenizer, row["prompt"], row[key]) for key in ("chosen", "rejected") for row in pairs]
+    sample_rows = [row for rows in variables["S"] for row in rows]
+    def rewards(forward, rows): return forward(**rm.collate(tokenizer, rows)).logits[:, 0]
+    def L(forward): return preference_loss(*rewards(forward, pair_rows).chunk(2))
+    def J(forward): return metarm.difference_loss(rewards(forward, sample_rows).view(4, 3))
     def vector(tensors): return torch.cat([t.detach().flatten() for t in tensors])
     for normalize in (False, True):
         theirs, ours = copy.deepcopy(model).double(), copy.deepcopy(model).double()
