@@ -541,6 +541,12 @@ def command(name: str, config_class, body, argv: list[str] | None, doc: str,
             raise ValueError(f"unknown option: {' '.join(unknown)} (--help tells all of them)")
         if modes:
             config.mode = rest[0].mode
+        for option in dataclasses.fields(config):       # a count is 1 or more, unless its default says 0 means something
+            value = getattr(config, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{option.name} must be a finite number, not {value}")
+            if isinstance(value, int) and option.type is int and value < min(1, option.default):
+                raise ValueError(f"--{option.name} must be at least {min(1, option.default)}, not {value}")
         body(config)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)

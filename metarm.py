@@ -153,7 +153,8 @@ def lookahead(model: torch.nn.Module, eta: float, normalize: bool = False) -> It
     every micro-batch adds up gradients of L from as many different theta', each a fraction of the climb.
     GradScaler: scale J and L as usual and pass eta / scaler.get_scale(), since p.grad is scale * grad J; with
     normalize=True pass eta as it is. An overflow in J reaches L through theta', and scaler.step skips it.
-    Raises ValueError on a bad eta or without any gradient, RuntimeError if FSDP2 failed inside its forward.
+    Raises ValueError on a bad eta, without any gradient, or normalised under FSDP1 (its shards do not know the
+    norm of the whole), RuntimeError if FSDP2 failed inside its forward.
     """
     _check(eta)
     _reshard(model)
@@ -162,6 +163,9 @@ def lookahead(model: torch.nn.Module, eta: float, normalize: bool = False) -> It
     parameters = [p for p in model.parameters() if p.requires_grad]
     if all(p.grad is None for p in parameters):
         raise ValueError("lookahead: no parameter has a gradient; back-propagate J (all of S) before it")
+    if normalize and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError("lookahead: under FSDP1 a process sees its own shard of grad J only, and so not its "
+                         "norm; use FSDP2 (torch.distributed.fsdp.fully_shard), or normalize=False")
     theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step again would round
     try:
         with torch.no_grad():
@@ -377,9 +381,6 @@ def train(cfg: MetaRMConfig) -> None:
     _check(cfg.eta, cfg.order)
     if cfg.gradient_checkpointing and cfg.order == "exact":
         raise ValueError("--gradient_checkpointing goes with --order first only: the exact gradient needs J's graph whole")
-    for option in ("batch_size", "meta_batch_size", "micro_batch_size", "epochs", "log_every"):
-        if getattr(cfg, option) < 1:
-            raise ValueError(f"--{option} must be at least 1, got {getattr(cfg, option)}")
     stage = partial(data.stage, "metarm.py", inputs=["model", "data", "eval_data", "meta"],
                     ignore=("out", "save_adapted", "checkpoint_minutes"))
     device = rm.pick_device()

@@ -39,7 +39,7 @@ case $preset in
     exec "$PYTHON" -m pytest -q tests "$@" ;;
   toy)   # sizes that show the illness and the cure in a few minutes on two cores
     run=${RUN:-runs/toy} rounds=3 world=() sft_epochs=4 steps=25 k=5 ;;
-  smoke) # every stage, no result worth reading
+  smoke) # every stage, no result worth reading; the temporary folder goes when it is done
     run=${RUN:-$(mktemp -d)/smoke} rounds=1 sft_epochs=1 steps=2 k=3
     world=(--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 16 --ood_ppo 16) ;;
   *)
