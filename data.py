@@ -12,8 +12,10 @@ The toy world, where the truth is known; and the reading, writing and resuming t
   python data.py toy --out runs/toy/data --seed 0
       writes sft.jsonl {"prompt", "response"}; prompts-{pairs,meta,ppo,valid,test,ood,ood-meta,ood-ppo}.jsonl
       {"prompt"}, where no prompt is in two files; and model/, an untrained tiny Llama with its tokenizer.
-  python data.py label --samples runs/toy/pairs-samples/samples.jsonl --out runs/toy/pairs --noise 1.5
+  python data.py label --samples runs/toy/pairs-samples/samples.jsonl --out runs/toy/pairs --noise 1.0
       writes train.jsonl and valid.jsonl {"prompt", "chosen", "rejected"}, and label.json.
+  python data.py split --source harmless-base/train.jsonl.gz --out runs/hh/data
+      the same parts from real preferences (a file, or Anthropic/hh-rlhf/harmless-base/train.jsonl.gz on the hub).
 """
 import contextlib
 import dataclasses
@@ -677,7 +679,9 @@ class Config:
     layers: int = field(default=2, metadata={"help": "toy: layers of the tiny model"})
     samples: str | None = field(default=None, metadata={"help": "label: samples.jsonl of a policy"})
     noise: float = field(default=1.0, metadata={"help": "label: Bradley-Terry temperature, in gold points"})
-    valid_share: float = field(default=0.1, metadata={"help": "label: share of the prompts for valid.jsonl"})
+    valid_share: float = field(default=0.1, metadata={"help": "label, split: share of the prompts held out"})
+    source: str | None = field(default=None, metadata={"help": "split: preference rows, a file or a file on the hub"})
+    ood: str | None = field(default=None, metadata={"help": "split: rows of another domain, for prompts-ood*.jsonl"})
 
 
 def toy(config: Config, work: Path) -> None:
@@ -723,16 +727,62 @@ def label(config: Config, work: Path) -> None:
           f"{flipped:.1%} of the labels flipped")
 
 
+def split(config: Config, work: Path) -> None:
+    """Real preferences into what a run needs: a quarter of the prompts goes to the judge (an RM that no arm sees, in the
+    gold reward's place), a quarter to S and PPO, `valid_share` is held out, the rest is D - and SFT learns its answers."""
+    by_prompt: dict[str, list[dict]] = {}
+    for pair in read_preferences(config.source):
+        by_prompt.setdefault(pair["prompt"], []).append(pair)
+    prompts = sorted(by_prompt)
+    random.Random(config.seed).shuffle(prompts)
+    quarter, held = len(prompts) // 4, math.ceil(config.valid_share * len(prompts))
+    parts = {"judge": prompts[:quarter], "loop": prompts[quarter:2 * quarter],
+             "valid": prompts[2 * quarter:2 * quarter + held], "train": prompts[2 * quarter + held:]}
+    if not all(parts.values()):
+        raise ValueError(f"{config.source}: {len(prompts)} prompts are too few to split with --valid_share {config.valid_share}")
+    for name in ("judge", "valid", "train"):
+        write_jsonl(work / f"{name}.jsonl", [pair for prompt in parts[name] for pair in by_prompt[prompt]])
+    write_jsonl(work / "sft.jsonl", [{"prompt": pair["prompt"], "response": pair["chosen"]}
+                                     for prompt in parts["train"] for pair in by_prompt[prompt]])
+    third = max(1, len(parts["loop"]) // 3)
+    sets = {"meta": parts["loop"][:third], "ppo": parts["loop"][third:], "test": parts["valid"][:config.test]}
+    if config.ood:
+        other = sorted({pair["prompt"] for pair in read_preferences(config.ood)} - set(prompts))
+        random.Random(config.seed).shuffle(other)
+        sets |= {"ood": other[:config.test], "ood-meta": other[config.test:][:third], "ood-ppo": other[config.test + third:]}
+    for name, some in sets.items():
+        write_jsonl(work / f"prompts-{name}.jsonl", [{"prompt": prompt} for prompt in some])
+    print(f"data.py: {config.out}: " + ", ".join(f"{len(some)} prompts for {name}" for name, some in (parts | sets).items()))
+
+
+def from_hub(path: str | None) -> str | None:
+    """A file's own path; or owner/name/file... of a dataset on the hub, downloaded. Raises ValueError if neither is there."""
+    if not path or Path(path).exists() or path.count("/") < 2 or path[0] in "./~":
+        return path
+    from huggingface_hub import hf_hub_download
+    owner, name, filename = path.split("/", 2)
+    try:
+        return hf_hub_download(f"{owner}/{name}", filename, repo_type="dataset")
+    except Exception as error:                          # a dozen types; to the user they all mean: not from the hub
+        raise ValueError(f"{path}: neither a file here nor to be had from the hub ({type(error).__name__}); give a local "
+                         f"file, e.g. --source /path/to/harmless-base/train.jsonl.gz") from error
+
+
+NEEDS = {"toy": [], "label": ["samples"], "split": ["source"]}
+
+
 def run(config: Config) -> None:
-    if config.mode == "label" and not config.samples:
-        raise ValueError("label needs --samples FILE, the samples.jsonl of a policy")
-    with stage("data.py", config, inputs=["samples"]) as work:
+    for name in NEEDS[config.mode]:
+        if not getattr(config, name):
+            raise ValueError(f"data.py {config.mode} needs --{name}")
+    config.source, config.ood = from_hub(config.source), from_hub(config.ood)
+    with stage("data.py", config, inputs=["samples", "source", "ood"]) as work:
         if work is not None:
-            {"toy": toy, "label": label}[config.mode](config, work)
+            {"toy": toy, "label": label, "split": split}[config.mode](config, work)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command("data.py", Config, run, argv, __doc__, modes=("toy", "label"))
+    return command("data.py", Config, run, argv, __doc__, modes=tuple(NEEDS))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 # MetaRM from nothing to a report.
 #
 #   bash run.sh          the toy preset: no GPU, no downloads; writes runs/toy/report.md and its pictures
-#   bash run.sh smoke    the same loop, shortened to about a minute, in a temporary folder
+#   bash run.sh hh       the real one, for one GPU: HH-RLHF harmless-base and SmolLM2-135M, both from the hub
+#   bash run.sh smoke    the toy loop, shortened to about a minute, in a temporary folder
 #   bash run.sh test     the tests
 #
-# SEED=3 RUN=runs/toy-3 bash run.sh      another seed, in a folder of its own
-# PYTHON=/path/to/python bash run.sh     use this interpreter as it is, instead of making .venv
+# Options behind the preset: --seed 3  --run FOLDER (where to write)
+#   and for hh: --model FOLDER_OR_HUB_NAME  --data FILE_OR_HUB_FILE  --ood FILE (prompts of another domain)
+# PYTHON=/path/to/python bash run.sh ...  uses this interpreter as it is, instead of making .venv
 #
-# Interrupted? The same command goes on: finished stages are skipped, a half-finished one starts again.
+# Interrupted? The same command goes on: finished stages are skipped, a long one goes on from its last checkpoint.
 #
 # The data flow of one round r (the paper's iterative RLHF):
 #
@@ -19,6 +21,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-toy}
+shift || true
 
 # ---------------------------------------------------------------------------------------------------- set-up
 # .venv is made once; the list it was made from is kept in it, so that a changed or half-done install is mended.
@@ -32,53 +35,113 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=.venv/bin/python
 fi
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+[ "$preset" != test ] || exec "$PYTHON" -m pytest -q tests "$@"
 
+seed=0 run=runs/$preset model=HuggingFaceTB/SmolLM2-135M data=Anthropic/hh-rlhf/harmless-base/train.jsonl.gz ood=""
+scratch="" controls=""
+cleanup() {
+  if [ -n "$controls" ]; then kill -- "-$controls" 2> /dev/null || true; fi
+  if [ -n "$scratch" ]; then rm -rf "$scratch"; fi
+}
+trap cleanup EXIT
+if [ "$preset" = smoke ]; then scratch=$(mktemp -d); run=$scratch/smoke; fi
+while [ $# -gt 0 ]; do
+  case $1 in
+    --seed | --run | --model | --data | --ood)
+      [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
+      declare "${1#--}=$2"; shift 2 ;;
+    *) echo "run.sh: unknown option '$1'; there are --seed --run --model --data --ood" >&2; exit 2 ;;
+  esac
+done
+
+# -------------------------------------------------------------------------------------------------- the presets
+# The climb eta is as long as one step of the optimizer, as in the paper (alpha = eta): AdamW moves each of P weights
+# by about alpha, so its step is alpha sqrt(P) long - 0.11 for the toy's 132 thousand, 0.06 for 135 million at 5e-6.
+# Rollouts are not truncated (no top-p, no penalty: see ppo.py); the paper's 0.9 and 1.1 serve S where they make sense.
 case $preset in
-  test)
-    shift
-    exec "$PYTHON" -m pytest -q tests "$@" ;;
-  toy)   # sizes that show the illness and the cure in a few minutes on two cores
-    run=${RUN:-runs/toy} rounds=3 world=() sft_epochs=4 steps=25 k=5 ;;
-  smoke) # every stage, no result worth reading; the temporary folder goes when it is done
-    run=${RUN:-$(mktemp -d)/smoke} rounds=1 sft_epochs=1 steps=2 k=3
-    world=(--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 16 --ood_ppo 16) ;;
+  toy | smoke)
+    rounds=3 k=5 world=()
+    sft_flags=(--lr 5e-3 --batch_size 32 --epochs 4)
+    rm_flags=(--lr 3e-4 --batch_size 16)
+    meta_flags=(--eta 0.1 --normalize)
+    dpo_flags=(--lr 1e-4 --batch_size 16)
+    sample_flags=(--max_new_tokens 48 --batch_size 512)
+    meta_sample_flags=(--temperature 1.1)
+    ppo_flags=(--steps 25 --batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48
+               --lr 3e-4 --critic_lr 1e-3 --kl_coef 0.03)
+    eval_flags=()
+    if [ "$preset" = smoke ]; then # every stage, no result worth reading
+      rounds=1 k=3 world=(--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 16 --ood_ppo 16)
+      sft_flags+=(--epochs 1)
+      ppo_flags+=(--steps 2 --batch_size 16 --minibatch_size 8 --scale_prompts 16)
+    fi ;;
+  hh) # the paper's settings but for: a small model, --max_length 512, fewer rollouts a step
+    rounds=3 k=5
+    sft_flags=(--lr 2e-5 --batch_size 32 --micro_batch_size 8 --epochs 2 --max_length 512)
+    rm_flags=(--lr 5e-6 --batch_size 16 --micro_batch_size 8 --max_length 512)
+    meta_flags=(--eta 0.06 --normalize --meta_batch_size 16 --micro_batch_size 4)
+    dpo_flags=(--lr 5e-7 --batch_size 32 --micro_batch_size 8 --max_length 512)
+    sample_flags=(--max_length 512 --max_new_tokens 128 --batch_size 128 --top_p 0.9 --repetition_penalty 1.1)
+    meta_sample_flags=(--temperature 0.9) # the paper's 0.8, a little raised, so that the k responses differ
+    ppo_flags=(--steps 200 --batch_size 128 --rollouts_per_prompt 16 --minibatch_size 32 --micro_batch_size 8
+               --max_length 512 --max_new_tokens 128 --temperature 0.8 --lr 5e-7 --critic_lr 1.5e-6 --kl_coef 0.05)
+    eval_flags=(--judge "$run/judge/rm" --max_new_tokens 128 --batch_size 128) ;;
   *)
-    echo "run.sh: unknown preset '$preset'; there are: toy, smoke, test" >&2; exit 2 ;;
+    echo "run.sh: unknown preset '$preset'; there are toy, hh, smoke, test" >&2; exit 2 ;;
 esac
-seed=${SEED:-0}
 
-# Two threads up to RM 0, then two arms side by side with one thread each: these models are too small to gain much from
-# the second thread. Fixed numbers, since another count adds up in another order and gives other (equally good) results.
+# Two threads up to RM 0, then two arms side by side with one thread each: small models gain little from the second
+# thread. Fixed numbers, since another count adds up in another order and gives other (equally good) results.
 export OMP_NUM_THREADS=2
+# glibc gives the memory of each step back to the system and gets it anew, page by page; keeping it saves 10 % on CPU.
+export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864
 py() { "$PYTHON" "$@"; }
 
-sft_flags=(--lr 5e-3 --batch_size 32 --epochs "$sft_epochs" --seed "$seed")
-rm_flags=(--data "$run/pairs/train.jsonl" --eval_data "$run/pairs/valid.jsonl" --lr 3e-4 --batch_size 16)
-meta_flags=(--eta 0.1 --normalize --order first)
-ppo_flags=(--ref_policy "$run/sft" --prompts "$run/data/prompts-ppo.jsonl" --steps "$steps" --batch_size 96
-           --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48 --lr 3e-4 --critic_lr 1e-3 --kl_coef 0.03)
-if [ "$preset" = smoke ]; then
-  ppo_flags+=(--batch_size 16 --minibatch_size 8 --scale_prompts 16 --max_new_tokens 24)
+# ------------------------------------------------------------------------------------- before the first round
+if [ "$preset" = hh ]; then
+  echo "== Real preferences, split: D and SFT, prompts for S and PPO, held-out pairs, the judge's own pairs"
+  py data.py split --source "$data" ${ood:+--ood "$ood"} --out "$run/data" --seed "$seed" --valid_share 0.02
+  pairs=$run/data
+else
+  echo "== The toy world: help-desk text, its tokenizer, an untrained model"
+  py data.py toy --out "$run/data" --seed "$seed" "${world[@]}"
+  model=$run/data/model pairs=$run/pairs
 fi
 
-# ------------------------------------------------------------------------------------- before the first round
-echo "== The toy world: help-desk text, its tokenizer, an untrained model"
-py data.py toy --out "$run/data" --seed "$seed" "${world[@]}"
-
 echo "== SFT policy: where the paper's RLHF starts"
-py ppo.py sft --model "$run/data/model" --data "$run/data/sft.jsonl" --out "$run/sft" "${sft_flags[@]}"
+py ppo.py sft --model "$model" --data "$run/data/sft.jsonl" "${sft_flags[@]}" --seed "$seed" --out "$run/sft"
 
-echo "== D: pairs of SFT samples, labelled once with Bradley-Terry noise; never added to"
-py ppo.py sample --model "$run/sft" --prompts "$run/data/prompts-pairs.jsonl" --k 2 --batch_size 512 --seed "$seed" \
-                 --out "$run/pairs-samples"
-py data.py label --samples "$run/pairs-samples/samples.jsonl" --out "$run/pairs" --noise 1.0 --seed "$seed"
+if [ "$preset" != hh ]; then
+  echo "== D: pairs of SFT samples, labelled once with Bradley-Terry noise; never added to"
+  py ppo.py sample --model "$run/sft" --prompts "$run/data/prompts-pairs.jsonl" --k 2 "${sample_flags[@]}" \
+                   --seed "$seed" --out "$run/pairs-samples"
+  py data.py label --samples "$run/pairs-samples/samples.jsonl" --noise 1.0 --seed "$seed" --out "$run/pairs"
+fi
 
 echo "== RM 0: Eq. 1 on D"
+rm_flags+=(--data "$pairs/train.jsonl" --eval_data "$pairs/valid.jsonl")
 py rm.py --model "$run/sft" "${rm_flags[@]}" --seed "$seed" --out "$run/rm0"
 
 # --------------------------------------------------------------------------------------------- what is compared
 # Every arm starts from the SFT policy and takes the same number of PPO steps; each round goes on from the arm's
 # last policy. Only the reward model differs.
+ppo_flags+=(--ref_policy "$run/sft" --prompts "$run/data/prompts-ppo.jsonl")
+
+metarm_arm() { # the paper's rounds
+  local last=$run/sft r
+  for r in $(seq "$rounds"); do
+    # S: k unlabelled responses of the last policy (round 1: SFT's), a little hotter so that they differ
+    py ppo.py sample --model "$last" --prompts "$run/data/prompts-meta.jsonl" --k "$k" "${sample_flags[@]}" \
+                     "${meta_sample_flags[@]}" --seed "$seed$r" --out "$run/metarm-$r/meta"
+    # Algorithm 1 on D and S, from the same initialisation and in the same order of D as RM 0 (Figure 4)
+    py metarm.py --model "$run/sft" "${rm_flags[@]}" "${meta_flags[@]}" --meta "$run/metarm-$r/meta/samples.jsonl" \
+                 --seed "$seed" --out "$run/metarm-$r/rm" --save_adapted "$run/metarm-$r/adapted"
+    # PPO on the new RM, KL to the SFT policy
+    py ppo.py ppo --model "$last" --reward_model "$run/metarm-$r/rm" "${ppo_flags[@]}" --seed "$seed$r" \
+                  --out "$run/metarm-$r/policy"
+    last=$run/metarm-$r/policy
+  done
+}
 
 vanilla_arm() { # RM 0 throughout: vanilla RLHF, whose policy walks away from RM 0
   local last=$run/sft r
@@ -86,12 +149,6 @@ vanilla_arm() { # RM 0 throughout: vanilla RLHF, whose policy walks away from RM
     py ppo.py ppo --model "$last" --reward_model "$run/rm0" "${ppo_flags[@]}" --seed "$seed$r" --out "$run/ppo-$r/policy"
     last=$run/ppo-$r/policy
   done
-  # the oracle: what an RM with GOLD labels on vanilla PPO's own samples can still tell apart
-  py ppo.py sample --model "$last" --prompts "$run/data/prompts-meta.jsonl" --k 4 --batch_size 512 --seed "$seed" \
-                   --out "$run/oracle/samples"
-  py data.py label --samples "$run/oracle/samples/samples.jsonl" --noise 0 --seed "$seed" --out "$run/oracle/pairs"
-  py rm.py --model "$run/sft" --data "$run/oracle/pairs/train.jsonl" --lr 3e-4 --epochs 4 --seed "$seed" \
-           --out "$run/oracle/rm"
 }
 
 reseeded_arm() { # a plain RM with another head and order of D each round: any RM the policy was NOT optimised against
@@ -105,39 +162,38 @@ reseeded_arm() { # a plain RM with another head and order of D each round: any R
 }
 
 dpo_arm() { # preferences without RM or rollouts: the paper's other baseline
-  py ppo.py dpo --model "$run/sft" --data "$run/pairs/train.jsonl" --lr 1e-4 --batch_size 16 --seed "$seed" \
-                --out "$run/dpo"
+  py ppo.py dpo --model "$run/sft" --data "$pairs/train.jsonl" "${dpo_flags[@]}" --seed "$seed" --out "$run/dpo"
 }
 
-metarm_arm() { # the paper's rounds
-  local last=$run/sft r
-  for r in $(seq "$rounds"); do
-    # S: k unlabelled responses of the last policy (round 1: SFT's), a little hotter so that they differ
-    py ppo.py sample --model "$last" --prompts "$run/data/prompts-meta.jsonl" --k "$k" --temperature 1.1 \
-                     --batch_size 512 --seed "$seed$r" --out "$run/metarm-$r/meta"
-    # Algorithm 1 on D and S, from the same initialisation and in the same order of D as RM 0 (Figure 4)
-    py metarm.py --model "$run/sft" "${rm_flags[@]}" "${meta_flags[@]}" --meta "$run/metarm-$r/meta/samples.jsonl" \
-                 --seed "$seed" --out "$run/metarm-$r/rm" --save_adapted "$run/metarm-$r/adapted"
-    py ppo.py ppo --model "$last" --reward_model "$run/metarm-$r/rm" "${ppo_flags[@]}" --seed "$seed$r" \
-                  --out "$run/metarm-$r/policy"
-    last=$run/metarm-$r/policy
-  done
+judge() { # whose word the report takes
+  if [ "$preset" = hh ]; then # an RM on pairs that no arm sees; in the paper, GPT-4
+    py rm.py --model "$run/sft" "${rm_flags[@]}" --data "$run/data/judge.jsonl" --epochs 2 --seed "$((seed + 7))" \
+             --out "$run/judge/rm"
+  else # the gold reward; and an RM with gold labels on vanilla PPO's samples: what could still be told apart there
+    py ppo.py sample --model "$run/ppo-$rounds/policy" --prompts "$run/data/prompts-meta.jsonl" --k 4 \
+                     "${sample_flags[@]}" --seed "$seed" --out "$run/oracle/samples"
+    py data.py label --samples "$run/oracle/samples/samples.jsonl" --noise 0 --seed "$seed" --out "$run/oracle/pairs"
+    py rm.py --model "$run/sft" --data "$run/oracle/pairs/train.jsonl" --lr 3e-4 --epochs 4 --seed "$seed" \
+             --out "$run/oracle/rm"
+  fi
 }
 
-echo "== $rounds round(s): MetaRM here; its controls beside it on the other core (progress in $run/controls.log)"
-export OMP_NUM_THREADS=1
-set -m  # a process group of its own: Ctrl-C here then stops it as a whole, the Python inside included
-{ vanilla_arm; reseeded_arm; } > "$run/controls.log" 2>&1 &
-controls=$!
-set +m
-trap 'kill -- "-$controls" 2>/dev/null || true' EXIT
-dpo_arm
-metarm_arm
-echo "== waiting for the controls"
-wait "$controls" || { tail -n 5 "$run/controls.log" >&2; exit 1; }
-trap - EXIT
-grep -v 'it/s\|s/it' "$run/controls.log" || true
+if [ "$preset" = hh ]; then # one GPU: one after the other
+  metarm_arm; dpo_arm; vanilla_arm; reseeded_arm; judge
+else # two cores: two at a time
+  echo "== $rounds round(s) of MetaRM here; its controls beside it on the other core (their progress: $run/controls.log)"
+  export OMP_NUM_THREADS=1
+  set -m  # a process group of its own: Ctrl-C here then stops it as a whole, the Python inside included
+  { vanilla_arm; judge; reseeded_arm; } > "$run/controls.log" 2>&1 &
+  controls=$!
+  set +m
+  metarm_arm; dpo_arm
+  echo "== waiting for the controls"
+  wait "$controls" || { tail -n 5 "$run/controls.log" >&2; exit 1; }
+  controls=""
+  grep -v 'it/s\|s/it' "$run/controls.log" || true
+fi
 
 echo "== The report"
 export OMP_NUM_THREADS=2
-py eval.py --run "$run" --seed "$seed"
+py eval.py --run "$run" --seed "$seed" "${eval_flags[@]}"
