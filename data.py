@@ -90,7 +90,8 @@ def read_customer(prompt: str) -> tuple[str, str]:
         for problem, (_, _, wordings) in PROBLEMS.items():
             if any(wording.format(thing=thing[0]) in prompt for wording in wordings):
                 return problem, thing[0]
-    raise ValueError(f"gold_reward judges the toy world only, and this prompt is not of it: {prompt[-80:]!r}")
+    raise ValueError(f"gold_reward judges the toy world only, and this prompt is not of it: {prompt[-80:]!r}; real "
+                     "preferences bring labels of their own")
 
 
 def sentences_of(text: str) -> list[str]:
@@ -348,7 +349,7 @@ def label_pairs(samples: list[dict], noise: float, seed: int) -> tuple[list[dict
             chosen, rejected = (a, b) if a_wins else (b, a)
             rows.append({"prompt": sample["prompt"], "chosen": chosen, "rejected": rejected})
     if not rows:
-        raise ValueError("no pair left: in each pair of the samples the two responses are equal")
+        raise ValueError("no pair left: in each pair of the samples the two responses are equal; sample hotter ones")
     return rows, flips / len(rows)
 
 
@@ -366,22 +367,22 @@ def read_lines(path):
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                     row = json.loads(text) if text else None
                 except UnicodeDecodeError:
-                    raise ValueError(f"{path}, line {number}: not UTF-8 text") from None
+                    raise ValueError(f"{path}, line {number}: not UTF-8 text; convert it (iconv -t utf-8)") from None
                 except (ValueError, RecursionError) as error:
                     why = str(error).split(":")[0]
-                    raise ValueError(f"{path}, line {number}: not JSON ({why})") from None
+                    raise ValueError(f"{path}, line {number}: not JSON ({why}); give one object {{...}} a line") from None
                 if not text:
                     continue
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: a row must be a JSON object, {{...}}")
                 empty = False
                 yield number, row
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder: name the .jsonl file in it") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged or cut-off gzip file ({error})") from None
+        raise ValueError(f"{path}: damaged or cut-off gzip file ({error}); get it anew") from None
     if empty:
         raise ValueError(f"{path}: empty, it has no row")
 
@@ -406,7 +407,7 @@ def write_text(path, text: str) -> None:
 def string_of(row: dict, key: str, where: str) -> str:
     """row[key], which has to be a string that a tokenizer takes."""
     if key not in row:
-        raise ValueError(f'{where}: key "{key}" is missing')
+        raise ValueError(f'{where}: key "{key}" is missing; the row has {json.dumps(list(row))[1:-1]}')
     return checked(row[key], key, where)
 
 
@@ -489,7 +490,8 @@ def read_meta(path) -> list[dict]:
         if len(responses) < 2:
             raise ValueError(f'{where}: key "responses" has k = {len(responses)}; a difference needs k >= 2')
         if len(responses) != k:
-            raise ValueError(f'{where}: key "responses" has k = {len(responses)}, rows before it have {k}')
+            raise ValueError(f'{where}: key "responses" has k = {len(responses)}, rows before it have {k}; '
+                             "sample all of them with one --k")
         repeats += k - len(set(responses))
         rows.append({"prompt": prompt, "responses": responses})
     if repeats:
@@ -543,15 +545,16 @@ def command(name: str, config_class, body, argv: list[str] | None, doc: str,
             raise ValueError(f"unknown option: {' '.join(unknown)} (--help tells all of them)")
         if modes:
             config.mode = rest[0].mode
-        for option in dataclasses.fields(config):       # a count is 1 or more, unless its default says 0 means something
-            value = getattr(config, option.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{option.name} must be a finite number, not {value}")
-            if isinstance(value, int) and option.type is int and value < min(1, option.default):
-                raise ValueError(f"--{option.name} must be at least {min(1, option.default)}, not {value}")
+        check_options(config)
         body(config)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
+        print(f"{name}: error: {' '.join(str(error).split())[:200]} ... lower --micro_batch_size, --batch_size or "
+              f"--max_length, or add --gradient_checkpointing", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command goes on from what is finished", file=sys.stderr)
@@ -559,6 +562,26 @@ def command(name: str, config_class, body, argv: list[str] | None, doc: str,
     except SystemExit as leave:                         # --help
         return leave.code or 0
     return 0
+
+
+ABOVE_0, UP_TO = ("temperature", "top_p", "repetition_penalty", "max_grad_norm"), {"top_p": 1, "gamma": 1, "lam": 1}
+
+
+def check_options(config) -> None:
+    """Raises ValueError for a number out of its bounds: these follow from its type, but for a few names."""
+    for option in dataclasses.fields(config):
+        name, value = option.name, getattr(config, option.name)
+        if value == "" and option.default is dataclasses.MISSING:           # as from an unset $VARIABLE
+            raise ValueError(f"--{name} is empty: give a name")
+        if not isinstance(value, (int, float)):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} must be a finite number, not {value}")
+        least = min(1, option.default) if option.type is int else 0     # a count is 1 or more, unless 0 is its default
+        if value < least or value == 0 and name in ABOVE_0:
+            raise ValueError(f"--{name} must be {'above' if name in ABOVE_0 else 'at least'} {least}, not {value}")
+        if value > (most := UP_TO.get(name, 2 ** 63 - 1 if isinstance(value, int) else math.inf)):
+            raise ValueError(f"--{name} must be at most {most}, not {value}")
 
 
 @contextlib.contextmanager
@@ -578,10 +601,12 @@ def stage(command: str, config, inputs: list[str], ignore: tuple[str, ...] = ("o
     work = out.with_name(out.name + ".partial")
     options = {key: value for key, value in dataclasses.asdict(config).items()
                if key not in (*inputs, *ignore, "mode")}
+    for key in inputs:                                  # there, it would change what other stages were made from
+        if (value := getattr(config, key)) and Path(os.path.abspath(value)) in out.parents:
+            raise ValueError(f"--out {config.out} lies in --{key} {value}: choose a place outside it")
     made_by = json.loads(json.dumps({
         "command": command, "mode": getattr(config, "mode", None), "options": options,
         "inputs": {key: fingerprint(getattr(config, key)) for key in inputs}}))
-    out.parent.mkdir(parents=True, exist_ok=True)
     with locked(f"{out}.lock"):
         if out.is_file() or out.is_dir() and any(out.iterdir()):              # an empty folder is free to use
             refuse_unless_same(out, made_by, config)
@@ -612,7 +637,7 @@ def fingerprint(path: str | None) -> str | None:
     root, digest = Path(path), hashlib.sha256()
     for file in [root] if root.is_file() else sorted(root.rglob("*")):
         name = str(file.relative_to(root))              # "." for a file that was named itself
-        if file.is_dir() or name == "stage.json" or (name != "." and file.name.startswith(".")):
+        if not file.is_file() or name == "stage.json" or (name != "." and file.name.startswith(".")):
             continue                                    # how it was made is not what it holds
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with open(file, "rb") as opened:
@@ -650,7 +675,12 @@ def read_json(path: Path):
 def locked(path: str):
     """Holds the lock file; raises ValueError if another process does. A killed process holds nothing."""
     import fcntl
-    with open(path, "w") as file:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise ValueError(f"{path.removesuffix('.lock')} cannot be written ({error.strerror}): choose another --out") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             same = os.fstat(file.fileno()).st_ino == os.stat(path).st_ino
@@ -711,7 +741,11 @@ def toy(config: Config, work: Path) -> None:
 def label(config: Config, work: Path) -> None:
     if not 0 <= config.valid_share < 1:
         raise ValueError(f"--valid_share must be in [0, 1), not {config.valid_share}")
-    rows, flipped = label_pairs(read_meta(config.samples), config.noise, config.seed)
+    samples = read_meta(config.samples)
+    try:
+        rows, flipped = label_pairs(samples, config.noise, config.seed)
+    except ValueError as error:
+        raise ValueError(f"{config.samples}: {error}") from None
     prompts = sorted({row["prompt"] for row in rows})
     random.Random(config.seed).shuffle(prompts)
     held_out = set(prompts[:math.ceil(config.valid_share * len(prompts))])  # by prompt, with all of its pairs
@@ -747,7 +781,11 @@ def split(config: Config, work: Path) -> None:
     third = max(1, len(parts["loop"]) // 3)
     sets = {"meta": parts["loop"][:third], "ppo": parts["loop"][third:], "test": parts["valid"][:config.test]}
     if config.ood:
-        other = sorted({pair["prompt"] for pair in read_preferences(config.ood)} - set(prompts))
+        other = ([pair["prompt"] for pair in read_preferences(config.ood)] if "chosen" in next(read_lines(config.ood))[1]
+                 else read_prompts(config.ood))
+        other = sorted(set(other) - set(prompts))
+        if not other:
+            raise ValueError(f"{config.ood}: each of its prompts is in {config.source} too; --ood needs another domain")
         random.Random(config.seed).shuffle(other)
         sets |= {"ood": other[:config.test], "ood-meta": other[config.test:][:third], "ood-ppo": other[config.test + third:]}
     for name, some in sets.items():

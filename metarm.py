@@ -33,6 +33,7 @@ the loss of another random function than the one that climbed.
 """
 
 import math
+import os
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -381,6 +382,8 @@ def train(cfg: MetaRMConfig) -> None:
     _check(cfg.eta, cfg.order)
     if cfg.gradient_checkpointing and cfg.order == "exact":
         raise ValueError("--gradient_checkpointing goes with --order first only: the exact gradient needs J's graph whole")
+    if cfg.save_adapted and os.path.abspath(cfg.save_adapted) == os.path.abspath(cfg.out):
+        raise ValueError(f"--save_adapted and --out are both {cfg.out}: theta' needs another folder than theta")
     stage = partial(data.stage, "metarm.py", inputs=["model", "data", "eval_data", "meta"],
                     ignore=("out", "save_adapted", "checkpoint_minutes"))
     device = rm.pick_device()
@@ -409,6 +412,7 @@ def train(cfg: MetaRMConfig) -> None:
             held_out = data.read_preferences(cfg.eval_data) if cfg.eval_data else []
             model, tokenizer, samples = load(cfg.model, cfg.seed)
             pairs = rm.encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
+            held_out = rm.encode_pairs(model, tokenizer, held_out, cfg.max_length, cfg.eval_data, as_text=True)
             # The new head and the order of D are rm.py's with the same seed: only the gradient differs.
             order_of_D = [batch for epoch in range(cfg.epochs)
                           for batch in rm.epoch_batches(rm.row_lengths(pairs), cfg.batch_size, cfg.seed + epoch)]

@@ -140,10 +140,24 @@ def load_policy(path: str):
     odd = [*info["missing_keys"], *(name for name in info["unexpected_keys"] if name.startswith(("score", "classifier")))]
     if odd:  # with tied embeddings a reward model would load without complaint; its spare head gives it away
         raise ValueError(f"{path}: not a causal language model ({odd[0]}): a reward model folder, perhaps?")
+    with torch.no_grad():
+        logits = model(torch.tensor([[0, 0], [0, 1]])).logits[:, 0]
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-5):
+        raise ValueError(f"{path}: a {type(model).__name__} sees the tokens to come, as encoders do: a policy must not")
     # Hub configs bring sampling settings of their own (top_k 50, a repetition penalty ...) that `generate` would apply
     # unasked; start from none.
     model.generation_config = GenerationConfig()
     return model.eval(), tokenizer
+
+
+def load_reference(cfg, policy, tokenizer):
+    """The KL's other side. It reads the policy's token ids, so it has to have the policy's vocabulary."""
+    ref_policy, other = load_policy(cfg.ref_policy or cfg.model)
+    sizes = [model.get_input_embeddings().num_embeddings for model in (policy, ref_policy)]
+    if other.get_vocab() != tokenizer.get_vocab() or sizes[0] > sizes[1]:
+        raise ValueError(f"--ref_policy {cfg.ref_policy} has another vocabulary than --model {cfg.model}, so there is no KL to "
+                         f"measure: give the policy that --model was trained from")
+    return ref_policy
 
 
 def collate(tokenizer, rows: list[tuple[list[int], list[int]]], device="cpu") -> dict[str, torch.Tensor]:
@@ -191,6 +205,10 @@ def generate(model, tokenizer, prompt_ids: list[list[int]], max_new_tokens: int,
     device, end = next(model.parameters()).device, rm.end_id(tokenizer)
     batch = collate(tokenizer, [(ids, []) for ids in prompt_ids], device)
     with rm.autocast(device):
+        logits = model(torch.tensor(prompt_ids[:1], device=device)).logits[:, -1].float() / temperature
+        if logits.softmax(-1).isnan().any():  # on a GPU, drawing from them would end the whole process
+            raise ValueError("the policy's probabilities are NaN: its training has diverged (lower --lr), or the temperature "
+                             f"of {temperature} is too low")
         out = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=True,
                              temperature=temperature, top_k=0, top_p=top_p, repetition_penalty=repetition_penalty,
                              max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end)
@@ -206,14 +224,19 @@ def encode_prompts(model, tokenizer, prompts: list[str], max_new_tokens: int, so
     """Prompt ids; ValueError naming the prompt that leaves no room for max_new_tokens within the model's positions."""
     limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     rows = [rm.encode(tokenizer, prompt, "")[0] for prompt in prompts]
+    refuse_empty(rows, source)
     for i, row in enumerate(rows):
         rm.check_ids(model, row, f"{source}, row {i + 1}")
-        if not row:
-            raise ValueError(f"{source}, row {i + 1}: the prompt is empty")
         if len(row) + max_new_tokens > limit:
             raise ValueError(f"{source}, row {i + 1}: {len(row)} prompt tokens + --max_new_tokens {max_new_tokens} exceed "
                              f"the model's {limit} positions; shorten the prompt or lower --max_new_tokens")
     return rows
+
+
+def refuse_empty(prompt_ids: list[list[int]], source: str) -> None:
+    for i, ids in enumerate(prompt_ids):
+        if not ids:
+            raise ValueError(f"{source}, row {i + 1}: the prompt is empty; a policy needs something to answer, so drop the row")
 
 
 def short_prompts(tokenizer, prompts: list[str], max_length: int, max_new_tokens: int, source: str) -> list[str]:
@@ -229,12 +252,12 @@ def short_prompts(tokenizer, prompts: list[str], max_length: int, max_new_tokens
 
 def sample_responses(model, tokenizer, prompts: list[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
                      repetition_penalty: float = 1.0, max_new_tokens: int = 64, seed: int = 0,
-                     batch_size: int = 256) -> list[list[str]]:
+                     batch_size: int = 256, source: str = "prompts") -> list[list[str]]:
     """k responses to each prompt (texts), from one seed, in the order given. Raises ValueError on k < 1."""
     if k < 1:
         raise ValueError(f"--k {k}: at least one response a prompt is needed")
     torch.manual_seed(seed)
-    ids = encode_prompts(model, tokenizer, prompts, max_new_tokens, "prompts")
+    ids = encode_prompts(model, tokenizer, prompts, max_new_tokens, source)
     order = sorted(range(len(ids) * k), key=lambda i: -len(ids[i // k]))  # like lengths side by side
     texts = [""] * len(order)
     for start in range(0, len(order), batch_size):
@@ -311,18 +334,20 @@ class PPOConfig:
 def ppo(cfg: PPOConfig, work) -> None:
     device = rm.pick_device()
     policy, tokenizer = load_policy(cfg.model)
-    ref_policy, _ = load_policy(cfg.ref_policy or cfg.model)
+    ref_policy = load_reference(cfg, policy, tokenizer)
     reward_model, rm_tokenizer = rm.load_reward_model(cfg.reward_model)
     critic = Critic(cfg.model)
     for model in (policy, ref_policy, reward_model, critic):
         model.to(device)
     prompts = short_prompts(tokenizer, data.read_prompts(cfg.prompts), cfg.max_length, cfg.max_new_tokens, cfg.prompts)
+    prompt_ids = encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens, cfg.prompts)[cfg.scale_prompts:]
     aside, prompts = prompts[:cfg.scale_prompts], prompts[cfg.scale_prompts:]
     per_step = cfg.batch_size // cfg.rollouts_per_prompt
+    if not per_step:
+        raise ValueError(f"--batch_size {cfg.batch_size} is less than --rollouts_per_prompt {cfg.rollouts_per_prompt}: raise it")
     if len(prompts) < per_step:
         raise ValueError(f"{cfg.prompts}: {len(prompts)} prompts are left after --scale_prompts {cfg.scale_prompts}; one step "
                          f"takes {per_step}: give more prompts or lower --batch_size")
-    prompt_ids = encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens, cfg.prompts)
 
     # [reward scaling] Each RM has a scale and an offset of its own (Eq. 1 fixes neither). Shift and scale ONCE, by mean
     # and SD on samples of the reference policy: all RMs then push equally hard at the start. Not per batch, as is also
@@ -430,6 +455,7 @@ def sft(cfg: PPOConfig, work) -> None:
     policy.to(device)
     examples = [(row["prompt"], row["response"]) for row in data.read_sft(cfg.data)]
     rows = [(row,) for row in rm.encode_rows(policy, tokenizer, examples, cfg.data, cfg.max_length)]
+    refuse_empty([prompt_ids for (prompt_ids, _), in rows], cfg.data)
 
     def loss_of(part):
         batch = collate(tokenizer, [row for row, in part], device)
@@ -445,9 +471,10 @@ def dpo(cfg: PPOConfig, work) -> None:
     """Preferences without a reward model or rollouts: the paper's other baseline."""
     device = rm.pick_device()
     policy, tokenizer = load_policy(cfg.model)
-    ref_policy, _ = load_policy(cfg.ref_policy or cfg.model)
+    ref_policy = load_reference(cfg, policy, tokenizer)
     policy.to(device), ref_policy.to(device)
     pairs = rm.encode_pairs(policy, tokenizer, data.read_preferences(cfg.data), cfg.max_length, cfg.data)
+    refuse_empty([prompt_ids for (prompt_ids, _), _ in pairs], cfg.data)
 
     def loss_of(part):
         batch = collate(tokenizer, [chosen for chosen, _ in part] + [rejected for _, rejected in part], device)
@@ -466,8 +493,11 @@ def dpo(cfg: PPOConfig, work) -> None:
 def fit(cfg: PPOConfig, work, policy, rows: list, loss_of, lr: float, device) -> list[dict]:
     """The supervised loop that SFT and DPO share: AdamW, linear decay, micro-batches. Returns the log."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
+    # DPO's loss is a mean over pairs, so that batches of like length are just faster. SFT's is a mean over the TOKENS of a
+    # batch: sorted by length, tokens of short rows would weigh more than those of long ones, and teach brevity.
+    lengths = rm.row_lengths(rows) if cfg.mode == "dpo" else [0] * len(rows)
     batches = [batch for epoch in range(cfg.epochs)
-               for batch in rm.epoch_batches(rm.row_lengths(rows), cfg.batch_size, cfg.seed + epoch)]
+               for batch in rm.epoch_batches(lengths, cfg.batch_size, cfg.seed + epoch)]
     parts = {"policy": policy, "optimizer": optimizer, "schedule": rm.linear_decay(optimizer, len(batches))}
     done, kept = rm.resume(work, parts)
     log, checkpoint = kept.get("log", []), rm.Checkpoint(work, parts, cfg.checkpoint_minutes)
@@ -502,7 +532,7 @@ def sample(cfg: PPOConfig, work) -> None:
     policy.to(rm.pick_device())
     prompts = short_prompts(tokenizer, data.read_prompts(cfg.prompts), cfg.max_length, cfg.max_new_tokens, cfg.prompts)
     responses = sample_responses(policy, tokenizer, prompts, cfg.k, cfg.temperature, cfg.top_p, cfg.repetition_penalty,
-                                 cfg.max_new_tokens, cfg.seed, max(cfg.batch_size, cfg.k))
+                                 cfg.max_new_tokens, cfg.seed, max(cfg.batch_size, cfg.k), cfg.prompts)
     data.write_jsonl(work / "samples.jsonl", [{"prompt": x, "responses": ys} for x, ys in zip(prompts, responses)])
     distinct = sum(len(set(ys)) for ys in responses) / sum(map(len, responses))
     print(f"{cfg.out}: {cfg.k} responses to each of {len(prompts)} prompts, {100 * distinct:.0f} % distinct within their prompt")

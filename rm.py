@@ -105,7 +105,8 @@ def rewards_of(forward: Callable, model, tokenizer, groups: list[Group]) -> torc
     device = next(model.parameters()).device
     takes = inspect.signature(model.forward).parameters
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if model.config.model_type not in SHARE_PROMPTS or checkpointing:  # (which would drop the cache)
+    empty = any(not group[0][0] for group in groups)  # no prompt: nothing to share
+    if model.config.model_type not in SHARE_PROMPTS or checkpointing or empty:  # (checkpointing would drop the cache)
         return forward(**collate(tokenizer, [row for group in groups for row in group], device)).logits[:, 0]
     # Prompts are padded on the left, so that every response starts in one column, right behind its prompt; with pads
     # in front, the positions must be told.
@@ -184,32 +185,38 @@ def load_pretrained(auto_class, path: str, **kwargs):
     if not Path(path).is_dir() and (Path(path).exists() or str(path).count("/") != 1 or str(path)[0] in "./~"):
         raise ValueError(f"{path}: no such model folder (a `save_pretrained` folder is needed, or a hub name like "
                          f"HuggingFaceTB/SmolLM2-135M)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, use_safetensors=True,
-                                                 output_loading_info=True, **kwargs)
+    what = "tokenizer"
+    try:  # (left at its default, trust_remote_code would have transformers ASK whether to run the hub's code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        what = auto_class.__name__
+        model, info = auto_class.from_pretrained(path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                                                 output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except Exception as error:  # a dozen types, from OSError to SafetensorError: all mean the same to the user
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{path}: cannot be loaded as {auto_class.__name__} with its tokenizer: {first[:300]}") from error
+        raise ValueError(f"{path}: its {what} cannot be loaded ({first[:300].strip()}); give a whole `save_pretrained` folder: "
+                         f"config.json, safetensors and tokenizer, of an architecture that transformers knows") from error
+    for name, holds, needs in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{path}: the weight {name} has the shape {tuple(holds)}, a {type(model).__name__} as used here "
+                         f"needs {tuple(needs)}: give a checkpoint that fits its config.json, with one number as its reward")
     trunk = [name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")
              and "pooler" not in name]
     if trunk:
         raise ValueError(f"{path}: the checkpoint lacks {len(trunk)} weights of its own architecture, e.g. {trunk[0]}; "
-                         f"it is incomplete or of another kind of model")
-    check_finite(model, path)
+                         f"it is incomplete or of another kind of model: give a whole one")
+    check_finite(model, path, "start from a sound checkpoint")
     return model, tokenizer, info
 
 
-def check_finite(model, path) -> None:
+def check_finite(model, path, mend: str) -> None:
     """Raises ValueError if a weight is NaN or infinite: neither loaded nor saved without a word."""
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
-            raise ValueError(f"{path}: the weight {name} holds NaN or infinity; start from a sound checkpoint")
+            raise ValueError(f"{path}: the weight {name} holds NaN or infinity; {mend}")
 
 
 def save_model(model, tokenizer, folder) -> None:
     """A model folder with its tokenizer beside it, as the whole ecosystem reads it."""
-    check_finite(model, folder)
+    check_finite(model, f"--out {folder}".removesuffix(".partial"), "training has diverged: lower --lr (or --eta)")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -235,7 +242,7 @@ def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size
     """
     if len(prompts) != len(responses):
         raise ValueError(f"score needs as many prompts as responses; got {len(prompts)} and {len(responses)}")
-    rows = encode_rows(model, tokenizer, zip(prompts, responses), "score")
+    rows = encode_rows(model, tokenizer, zip(prompts, responses), f"to be scored by {model.name_or_path}")
     by_prompt: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_prompt.setdefault(prompt, []).append(i)
@@ -263,22 +270,23 @@ def encode_rows(model, tokenizer, texts, source: str, max_length: int = 0) -> li
     return [row for row, in keep_short(model, [(row,) for row in rows], source, max_length)]
 
 
-def encode_pairs(model, tokenizer, pairs: list[dict], max_length: int, source: str) -> list[tuple]:
-    """Preference rows -> [(chosen row, rejected row)]; a pair is kept or dropped as one. Raises as `encode_rows`."""
+def encode_pairs(model, tokenizer, pairs: list[dict], max_length: int, source: str, as_text: bool = False) -> list:
+    """Preference rows -> [(chosen row, rejected row)]; a pair is kept or dropped as one. Raises as `encode_rows`.
+    With `as_text`, the pairs themselves, less the same."""
     rows = [(encode(tokenizer, pair["prompt"], pair["chosen"]), encode(tokenizer, pair["prompt"], pair["rejected"]))
             for pair in pairs]
-    return keep_short(model, rows, source, max_length)
+    return keep_short(model, rows, source, max_length, pairs if as_text else rows)
 
 
 def check_ids(model, ids: list[int], where: str) -> None:
     known = model.get_input_embeddings().num_embeddings
     if max(ids, default=0) >= known:
-        raise ValueError(f"{where}: token id {max(ids)}, but the model knows only {known} tokens: this tokenizer and this "
-                         f"model do not belong together")
+        raise ValueError(f"{where}: token id {max(ids)}, but {model.name_or_path} knows only {known} tokens: this tokenizer "
+                         f"and this model do not belong together; put the model's own tokenizer into its folder")
 
 
-def keep_short(model, groups: list[tuple], source: str, max_length: int) -> list[tuple]:
-    """Groups of encoded rows, less those with a row longer than max_length (0: none may be)."""
+def keep_short(model, groups: list[tuple], source: str, max_length: int, items: list | None = None) -> list:
+    """Groups of encoded rows (or the `items` they stand for), less those with a row longer than max_length (0: none may be)."""
     limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     lengths = row_lengths(groups)
     for i, (group, length) in enumerate(zip(groups, lengths)):
@@ -286,7 +294,7 @@ def keep_short(model, groups: list[tuple], source: str, max_length: int) -> list
         if length > limit and not 0 < max_length <= limit:
             raise ValueError(f"{source}, row {i + 1}: {length} tokens, but the model has only {limit} positions; shorten "
                              f"the row, or drop all such rows with --max_length {limit}")
-    kept = [group for group, length in zip(groups, lengths) if not max_length or length <= max_length]
+    kept = [item for item, length in zip(items or groups, lengths) if not max_length or length <= max_length]
     if groups and not kept:
         raise ValueError(f"{source}: no row fits into --max_length {max_length}; raise it")
     if len(kept) < len(groups):
@@ -309,8 +317,8 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[li
     """One epoch of len(lengths) items in a seeded order, batch by batch (a smaller last batch is left out).
 
     Rows of like length share a batch: shuffle, cut into pools of 16 batches, sort each pool by length, cut it into
-    batches, shuffle these. Padding is computed like any token; on dialogue this halves it for no loss of randomness
-    that training would notice. Raises ValueError if there are fewer items than one batch.
+    batches, shuffle these. Padding is computed like any token, and this halves it. It is for losses that are means over
+    rows; a mean over the tokens of a batch would favour short rows (see ppo.py). Raises ValueError if there are fewer items than one batch.
     """
     if len(lengths) < batch_size:
         raise ValueError(f"{len(lengths)} rows are fewer than one batch of {batch_size}; lower --batch_size")
@@ -413,6 +421,7 @@ def train(cfg: RMConfig) -> None:
         if cfg.gradient_checkpointing:
             checkpoint_gradients(model)
         pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
+        held_out = encode_pairs(model, tokenizer, held_out, cfg.max_length, cfg.eval_data, as_text=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
         batches = [batch for epoch in range(cfg.epochs)
                    for batch in epoch_batches(row_lengths(pairs), cfg.batch_size, cfg.seed + epoch)]

@@ -3,6 +3,7 @@
 #
 #   bash run.sh          the toy preset: no GPU, no downloads; writes runs/toy/report.md and its pictures
 #   bash run.sh hh       the real one, for one GPU: HH-RLHF harmless-base and SmolLM2-135M, both from the hub
+#   bash run.sh hh-smoke the same with a few steps a stage: does my model, my data, my GPU's memory do?
 #   bash run.sh smoke    the toy loop, shortened to about a minute, in a temporary folder
 #   bash run.sh test     the tests
 #
@@ -54,6 +55,8 @@ while [ $# -gt 0 ]; do
   esac
 done
 
+case $preset in hh | hh-smoke) real=1 ;; *) real="" ;; esac
+
 # -------------------------------------------------------------------------------------------------- the presets
 # The climb eta is as long as one step of the optimizer, as in the paper (alpha = eta): AdamW moves each of P weights
 # by about alpha, so its step is alpha sqrt(P) long - 0.11 for the toy's 132 thousand, 0.06 for 135 million at 5e-6.
@@ -75,7 +78,7 @@ case $preset in
       sft_flags+=(--epochs 1)
       ppo_flags+=(--steps 2 --batch_size 16 --minibatch_size 8 --scale_prompts 16)
     fi ;;
-  hh) # the paper's settings but for: a small model, --max_length 512, fewer rollouts a step
+  hh | hh-smoke) # the paper's settings but for: a small model, --max_length 512, fewer rollouts a step
     rounds=3 k=5
     sft_flags=(--lr 2e-5 --batch_size 32 --micro_batch_size 8 --epochs 2 --max_length 512)
     rm_flags=(--lr 5e-6 --batch_size 16 --micro_batch_size 8 --max_length 512)
@@ -85,9 +88,19 @@ case $preset in
     meta_sample_flags=(--temperature 0.9) # the paper's 0.8, a little raised, so that the k responses differ
     ppo_flags=(--steps 200 --batch_size 128 --rollouts_per_prompt 16 --minibatch_size 32 --micro_batch_size 8
                --max_length 512 --max_new_tokens 128 --temperature 0.8 --lr 5e-7 --critic_lr 1.5e-6 --kl_coef 0.05)
-    eval_flags=(--judge "$run/judge/rm" --max_new_tokens 128 --batch_size 128) ;;
+    eval_flags=(--judge "$run/judge/rm" --max_new_tokens 128 --batch_size 128)
+    if [ "$preset" = hh-smoke ]; then # give it a small --data; batches stay large enough to see what memory they take
+      rounds=1
+      sft_flags+=(--batch_size 8 --epochs 1)
+      rm_flags+=(--batch_size 8)
+      meta_flags+=(--meta_batch_size 8)
+      dpo_flags+=(--batch_size 8)
+      sample_flags+=(--max_new_tokens 16)
+      ppo_flags+=(--steps 2 --batch_size 16 --rollouts_per_prompt 4 --minibatch_size 8 --scale_prompts 4 --max_new_tokens 16)
+      eval_flags+=(--max_new_tokens 16)
+    fi ;;
   *)
-    echo "run.sh: unknown preset '$preset'; there are toy, hh, smoke, test" >&2; exit 2 ;;
+    echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test" >&2; exit 2 ;;
 esac
 
 # Two threads up to RM 0, then two arms side by side with one thread each: small models gain little from the second
@@ -98,7 +111,7 @@ export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLO
 py() { "$PYTHON" "$@"; }
 
 # ------------------------------------------------------------------------------------- before the first round
-if [ "$preset" = hh ]; then
+if [ -n "$real" ]; then
   echo "== Real preferences, split: D and SFT, prompts for S and PPO, held-out pairs, the judge's own pairs"
   py data.py split --source "$data" ${ood:+--ood "$ood"} --out "$run/data" --seed "$seed" --valid_share 0.02
   pairs=$run/data
@@ -111,7 +124,7 @@ fi
 echo "== SFT policy: where the paper's RLHF starts"
 py ppo.py sft --model "$model" --data "$run/data/sft.jsonl" "${sft_flags[@]}" --seed "$seed" --out "$run/sft"
 
-if [ "$preset" != hh ]; then
+if [ -z "$real" ]; then
   echo "== D: pairs of SFT samples, labelled once with Bradley-Terry noise; never added to"
   py ppo.py sample --model "$run/sft" --prompts "$run/data/prompts-pairs.jsonl" --k 2 "${sample_flags[@]}" \
                    --seed "$seed" --out "$run/pairs-samples"
@@ -166,7 +179,7 @@ dpo_arm() { # preferences without RM or rollouts: the paper's other baseline
 }
 
 judge() { # whose word the report takes
-  if [ "$preset" = hh ]; then # an RM on pairs that no arm sees; in the paper, GPT-4
+  if [ -n "$real" ]; then # an RM on pairs that no arm sees; in the paper, GPT-4
     py rm.py --model "$run/sft" "${rm_flags[@]}" --data "$run/data/judge.jsonl" --epochs 2 --seed "$((seed + 7))" \
              --out "$run/judge/rm"
   else # the gold reward; and an RM with gold labels on vanilla PPO's samples: what could still be told apart there
@@ -178,7 +191,7 @@ judge() { # whose word the report takes
   fi
 }
 
-if [ "$preset" = hh ]; then # one GPU: one after the other
+if [ -n "$real" ]; then # one GPU: one after the other
   metarm_arm; dpo_arm; vanilla_arm; reseeded_arm; judge
 else # two cores: two at a time
   echo "== $rounds round(s) of MetaRM here; its controls beside it on the other core (their progress: $run/controls.log)"

@@ -15,6 +15,7 @@ import eval as report_card  # `eval` itself is a builtin
 import data
 import ppo
 import rm
+from conftest import make_policy
 
 torch.set_num_threads(1)
 
@@ -112,7 +113,6 @@ def test_spread_is_equation_2_and_the_variance_of_a_difference():
 
 
 def test_rank_correlation():
-    assert report_card.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
     rewards, gold = random_set(3)  # no ties: the textbook formula 1 - 6 Σd² / k(k² - 1)
     k = rewards.shape[1]
     places = [[[sorted(x).index(value) for value in x] for x in pair] for pair in zip(rewards, gold)]
@@ -174,7 +174,6 @@ def test_diversity():
     assert report_card.self_bleu(groups) == pytest.approx(expected)
     assert report_card.distinct_share(groups) == 3 / 4
     assert report_card.mean_words(groups) == (3 + 3 + 3 + 1) / 4
-    assert report_card.averaged([1, 2, 3, 4, 5], 2) == [2.0, 4.5] and report_card.averaged([1], 12) == [1.0]
 
 
 # ------------------------------------------------------------------------------------------ the whole report
@@ -200,7 +199,7 @@ def fake_run(tmp_path, monkeypatch):
         {"prompt": prompt, "chosen": text_of(i, 9), "rejected": text_of(-i - 1, 9) + " no"}
         for i, prompt in enumerate(PROMPTS["test"])])
     policies = ["sft", "dpo"] + [f"{arm}-{r}/policy" for arm in ("ppo", "reseeded", "metarm") for r in (1, 2)]
-    models = ["rm0", "oracle/rm", "metarm-2/adapted"]
+    models = ["rm0", "oracle/rm", "metarm-2/adapted", "judge"]
     models += [f"{arm}-{r}/rm" for arm in ("reseeded", "metarm") for r in (1, 2)]
     for name in policies + models:
         (run / name).mkdir(parents=True)
@@ -217,23 +216,23 @@ def fake_run(tmp_path, monkeypatch):
     calls = []
 
     class Fake:
-        def __init__(self, path):
+        def __init__(self, kind, path):
             self.name = str(Path(path).relative_to(run))
+            calls.append(f"{kind} {self.name}")
 
         def to(self, device):
             return self
 
     def sample_responses(model, tokenizer, prompts, k, seed, **options):
-        calls.append(model.name)
+        calls.append(f"sample {model.name}")
         return [[text_of(f"{model.name}{prompt}{i}{seed}", 12) for i in range(k)] for prompt in prompts]
 
     def score(model, tokenizer, prompts, responses, batch_size=64):
-        calls.append(model.name)
         return torch.tensor([len(y) + random.Random(f"{model.name}{x}{y}").gauss(0, 5)
                              for x, y in zip(prompts, responses)])
 
-    monkeypatch.setattr(ppo, "load_policy", lambda path: (Fake(path), None))
-    monkeypatch.setattr(rm, "load_reward_model", lambda path, *_: (Fake(path), None))
+    monkeypatch.setattr(ppo, "load_policy", lambda path: (Fake("policy", path), None))
+    monkeypatch.setattr(rm, "load_reward_model", lambda path, *_: (Fake("rm", path), None))
     monkeypatch.setattr(ppo, "sample_responses", sample_responses)
     monkeypatch.setattr(rm, "score", score)
     return run, calls
@@ -250,32 +249,55 @@ def test_report_of_a_run(fake_run, capsys):
     assert {path.name for path in (run / "figures").iterdir()} == PICTURES
     assert all((run / "figures" / name).read_bytes()[:4] == b"\x89PNG" for name in PICTURES)
     assert "nan" not in text.lower().split() and "None" not in text and "one seed proves nothing" in text
-    for name in ("sft", "dpo", "ppo-2", "reseeded-2", "metarm-1"):
-        assert name in results["policies"]
+    assert set(results["policies"]) == {"sft", "dpo", *(f"{arm}-{r}" for arm in report_card.RL_ARMS for r in (1, 2))}
     assert set(results["rms"]) == {"rm0", "oracle", "reseeded-1", "reseeded-2", "metarm-1", "metarm-2",
                                    "metarm-2 adapted"}
-    # a few figures, computed again from the stored samples
-    stored = {p: [row["responses"] for row in data.read_jsonl(run / "eval" / f"{p}-test.jsonl")[1:]]
-              for p in ("sft", "metarm-2")}
+    assert len(calls) == len(set(calls)) == 2 * 8 + 7  # each policy and each RM is loaded once
+    # figures, computed again from the stored samples
+    stored = {p: [row["responses"] for row in data.read_jsonl(next((run / "eval").glob(f"{p}-*.jsonl")))]
+              for p in ("toy-sft", "metarm-2-policy", "metarm-1-policy")}
+    assert [len(groups) for groups in stored.values()] == [8 + 2, 8 + 2, 8]  # OOD: SFT and the last rounds only
     gold = {p: np.array([[data.gold_reward(x, y) for y in ys] for x, ys in zip(PROMPTS["test"], groups)])
             for p, groups in stored.items()}
-    assert results["gold_sd"] == pytest.approx(gold["sft"].std(), abs=1e-6)
-    against = report_card.win_tie_lose(gold["metarm-2"], gold["sft"], 0.25 * gold["sft"].std())
-    assert results["policies"]["metarm-2"]["against"]["sft"]["test"] == pytest.approx(against, abs=1e-5)
-    assert results["rms"]["rm0"]["spread_shifted"]["raw"]["J"] >= 0.4
-    assert {row["holds"] for row in results["illness"]} <= {True, False, None}
+    sft = gold["toy-sft"]
+    against = report_card.win_tie_lose(gold["metarm-2-policy"], sft, 0.25 * sft.std())
+    row = results["policies"]["metarm-2"]
+    assert row["against"]["SFT"] == pytest.approx(against, abs=1e-5) and set(row["against"]) == {
+        "SFT", "SFT, OOD", "DPO", "PPO on RM0", "reseeded RM"}
+    mean = (gold["metarm-2-policy"].mean() - sft.mean()) / sft.std()
+    assert row["figures"]["gold"] == pytest.approx(mean, abs=1e-5)
+    assert results["rms"]["rm0"]["shifted"]["J"] >= 0.4
+    assert {row["there?"] for row in results["illness"].values()} <= {"yes", "**no**", None}
     # nothing changed: skipped; an option changed: done again, from the stored samples where they still serve
-    done = calls.copy()
+    done = len(calls)
     capsys.readouterr()
-    assert report_card.main(["--run", str(run)]) == 0 and calls == done
+    assert report_card.main(["--run", str(run)]) == 0 and len(calls) == done
     assert "up to date" in capsys.readouterr().out
-    assert report_card.main(["--run", str(run), "--tie", "0.5"]) == 0 and calls == done
-    again = json.loads((run / "results.json").read_text())
-    assert again["tie"] == pytest.approx(2 * results["tie"], abs=1e-5)
+    assert report_card.main(["--run", str(run), "--tie", "0.5"]) == 0
+    assert {call.split()[0] for call in calls[done:]} == {"rm"}
+    assert json.loads((run / "results.json").read_text())["policies"]["metarm-2"]["against"]["SFT"] == pytest.approx(
+        report_card.win_tie_lose(gold["metarm-2-policy"], sft, 0.5 * sft.std()), abs=1e-5)
     # one policy changed: its samples are drawn again, the others' are not
+    done = len(calls)
     (run / "dpo" / "config.json").write_text("another")
     assert report_card.main(["--run", str(run)]) == 0
-    assert set(calls[len(done):]) == {"dpo", "rm0"}
+    assert [call for call in calls[done:] if "rm " not in call] == ["policy dpo", "sample dpo"]
+
+
+def test_another_judge_in_the_place_of_gold(fake_run, monkeypatch):
+    run, calls = fake_run
+    assert report_card.main(["--run", str(run)]) == 0
+    by_gold = json.loads((run / "results.json").read_text())
+    (run / "data" / "prompts-ood.jsonl").unlink()  # OOD prompts are optional; real preferences lie in data/
+    (run / "pairs" / "valid.jsonl").rename(run / "data" / "valid.jsonl")
+    (run / "pairs").rmdir()
+    monkeypatch.setattr(data, "gold_reward", None)
+    assert report_card.main(["--run", str(run), "--judge", str(run / "judge")]) == 0
+    by_rm = json.loads((run / "results.json").read_text())
+    assert calls.count("rm judge") == 1 and str(run / "judge") in (run / "report.md").read_text()
+    dpo = [found["policies"]["dpo"]["figures"] for found in (by_gold, by_rm)]
+    assert dpo[0]["RM"] == dpo[1]["RM"] and dpo[0]["gold"] != dpo[1]["gold"]
+    assert "OOD" not in by_rm["rms"]["rm0"]["accuracy"] and "ood" not in by_rm["prompts"]
 
 
 def test_same_seed_same_bytes_and_another_seed_others(fake_run):
@@ -293,97 +315,236 @@ def test_same_seed_same_bytes_and_another_seed_others(fake_run):
 def test_interrupted_report_leaves_no_results(fake_run, monkeypatch):
     run, calls = fake_run
     assert report_card.main(["--run", str(run)]) == 0
-    whole = (run / "results.json").read_bytes()
-    sampled = len(calls)
+    whole, done = (run / "results.json").read_bytes(), len(calls)
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report_card, "report", killed)
-    assert report_card.main(["--run", str(run), "--tie", "0.5"]) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(report_card, "report", killed)
+        assert report_card.main(["--run", str(run), "--tie", "0.5"]) == 130
     assert not (run / "results.json").exists()  # the old one would vouch for pictures that are not its own
-    monkeypatch.undo()
-    # the same command goes on, without sampling again (the fakes are gone: sampling would fail)
+    # the same command goes on, without sampling again
     assert report_card.main(["--run", str(run)]) == 0
-    assert (run / "results.json").read_bytes() == whole and len(calls) == sampled
+    assert (run / "results.json").read_bytes() == whole
+    assert {call.split()[0] for call in calls[done:]} == {"rm"}
     assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.partial"))
+
+
+def refused(capsys, *options, words):
+    """One line on stderr, with these words in it, and the status of a mistake."""
+    capsys.readouterr()
+    assert report_card.main([str(option) for option in options]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and all(str(word) in error for word in words), error
 
 
 def test_shortened_run_and_missing_parts(fake_run, tmp_path, capsys):
     run, _ = fake_run
-    for name in ("dpo", "oracle", "ppo-2", "reseeded-1", "reseeded-2", "metarm-1", "metarm-2"):
+    for name in ("dpo", "oracle", "ppo-2", "reseeded-1", "reseeded-2", "metarm-1"):
         shutil.rmtree(run / name)
+    shutil.rmtree(run / "metarm-2" / "rm")
+    refused(capsys, "--run", run, words=["metarm-2", "run.sh"])  # a policy whose reward model is gone
+    shutil.rmtree(run / "metarm-2")
     for path in (run / "data" / "prompts-ood.jsonl", run / "rm0" / "log.jsonl",
                  run / "ppo-1" / "policy" / "rollouts.jsonl"):
         path.unlink()
     assert report_card.main(["--run", str(run)]) == 0
     results = json.loads((run / "results.json").read_text())
-    assert set(results["policies"]) == {"sft", "ppo-1"} and results["claims"] == []
+    assert set(results["policies"]) == {"sft", "ppo-1"}
+    assert results["illness"]["gold reward of the policy, SD above SFT (before: after round 1)"]["there?"] is None
     assert {path.name for path in (run / "figures").iterdir()} == PICTURES
     assert report_card.main(["--run", str(run), "--tie", "0"]) == 0
-    capsys.readouterr()
-
-    def refused(*options, word):
-        assert report_card.main(list(options)) == 2
-        error = capsys.readouterr().err.strip()
-        assert len(error.splitlines()) == 1 and word in error
-
-    refused("--run", str(run), "--k", "1", word="--k 1")
-    refused("--run", str(tmp_path / "nowhere"), word="nowhere")
+    refused(capsys, "--run", run, "--k", "1", words=["--k 1"])
+    refused(capsys, "--run", tmp_path / "nowhere", words=["nowhere", "sft"])
     (run / "pairs" / "valid.jsonl").rename(run / "pairs" / "away.jsonl")
-    refused("--run", str(run), word="valid.jsonl")
+    refused(capsys, "--run", run, words=["valid.jsonl"])
     (run / "data" / "prompts-test.jsonl").unlink()
-    refused("--run", str(run), word="prompts-test.jsonl")
+    refused(capsys, "--run", run, words=["prompts-test.jsonl"])
     shutil.rmtree(run / "ppo-1")
-    refused("--run", str(run), word="ppo-1")
+    refused(capsys, "--run", run, words=["ppo-1"])
 
 
-def made_up(m=300, k=4):
+def made_up(m=300, k=4, gold_at_the_end=0.15):
     """An illness and a cure known beforehand: RM0 sees gold in SFT samples and little of it in PPO's, which
     it rates alike; MetaRM and the reseeded RM see it everywhere, the latter less far apart there."""
     rng = np.random.default_rng(0)
-    names = ["sft", "ppo-1", "reseeded-1", "metarm-1"]
-    gold = {(name, "test"): rng.normal(size=(m, k)) + shift for name, shift in zip(names, (0, 0.1, 0.2, 0.6))}
-    scores = {}
-    for model in ("rm0", "reseeded-1", "metarm-1"):
-        for policy in names:
-            sick = model == "rm0" and policy == "ppo-1"
+    shifts = {"sft": 0, "ppo-1": 0.1, "ppo-2": gold_at_the_end, "reseeded-2": 0.2, "metarm-2": 0.6}
+    gold = {(name, "test"): rng.normal(size=(m, k)) + shift for name, shift in shifts.items()}
+    scores = {("gold", *key): x for key, x in gold.items()}
+    for model in ("rm0", "reseeded-2", "metarm-2"):
+        for policy in shifts:
+            sick = model == "rm0" and policy.startswith("ppo")
             noisy = gold[policy, "test"] + (4.0 if sick else 0.3) * rng.normal(size=(m, k))
-            shrunk = (0.1 if sick else 0.5 if model == "reseeded-1" and policy == "ppo-1" else 1.0) * noisy
-            scores[model, policy, "test"] = shrunk + (2.0 if sick else 0)
-    held_out = {"gold": rng.choice([1.0, 1.0, 1.0, -1.0], size=400)}
-    held_out |= {name: held_out["gold"] + rng.normal(size=400) for name in ("rm0", "reseeded-1", "metarm-1")}
-    rollouts = {"ppo-1": [{"step": s, "kl": s / 4, "scores": np.full((2, 2), s / 9), "gold": np.zeros((2, 2))}
-                          for s in range(16)]}
+            shrunk = (0.1 if sick else 0.5 if model == "reseeded-2" and policy == "ppo-2" else 1.0) * noisy
+            scores[model, policy, "test"] = shrunk + (sick and 2.0) + (policy == "ppo-2") * 0.2
+    truth = rng.choice([1.0, 1.0, 1.0, -1.0], size=400)
+    for model in ("gold", "rm0", "reseeded-2", "metarm-2"):
+        margins = truth + (model != "gold") * rng.normal(size=400)
+        scores[model, "D", "pairs"] = np.stack([margins, np.zeros(400)], 1)
+    rollouts = {"ppo-1": [{"KL": s / 4, "RM": np.full((2, 2), s / 9), "gold": np.zeros((2, 2))} for s in range(16)]}
     responses = {key: [[f"{key} {i} {j}" for j in range(k)] for i in range(m)] for key in gold}
-    return report_card.Seen({"test": ["?"] * m}, responses, gold, scores, held_out, rollouts, {})
+    return dict(prompts={"test": ["?"] * m, "pairs": ["?"] * 400}, responses=responses, scores=scores,
+                rollouts=rollouts, epochs={})
+
+
+def signs_of(results):
+    return {what: sign["there?"] for what, sign in results["illness"].items()}
 
 
 def test_known_illness_and_known_cure():
-    results = report_card.measure(made_up())
-    signs = {sign["what"]: sign["holds"] for sign in results["illness"]}
-    untold = [what for what, holds in signs.items() if holds is None]
-    assert len(untold) == 1 and "gold labels of such samples" in untold[0]  # there is no oracle
-    assert all(holds for holds in signs.values() if holds is not None), signs
-    claims = {claim["what"]: claim for claim in results["claims"]}
-    apart = claims["RM: tells shifted responses apart better, % right"]
-    assert apart["points"] == "for" and apart["control_as_well"] is True
-    wider = claims["RM: larger J on the shifted set, SD units"]
-    assert wider["points"] == "for" and wider["control_as_well"] is False
-    gold = claims["policy: more gold reward, SD above SFT"]
-    assert gold["points"] == "for" and gold["control_as_well"] is False
-    diverse = claims["policy: more diverse answers, minus Self-BLEU"]
-    assert diverse["points"] == "neither way" and diverse["control_as_well"] is True
-    assert not any("DPO" in what or "OOD" in what or "θ'" in what for what in claims)  # this run has none
-    text = report_card.report(results)
-    assert "For the paper, beyond the control: RM: larger J" in text and "Missing or untold: an RM" in text
+    results = report_card.measure(**made_up())
+    signs = signs_of(results)
+    untold = [what for what, there in signs.items() if there is None]
+    assert len(untold) == 1 and "freshly trained" in untold[0]  # there is no oracle
+    assert all(there == "yes" for what, there in signs.items() if what not in untold), signs
+    rms, policies = results["rms"], results["policies"]
+    right = {name: row["accuracy"]["shifted"] for name, row in rms.items()}
+    assert right["rm0"] < 60 < 85 < min(right["metarm-2"], right["reseeded-2"])
+    assert rms["metarm-2"]["shifted"]["J, SD units"] > rms["reseeded-2"]["shifted"]["J, SD units"] + 0.01
+    assert policies["metarm-2"]["figures"]["gold"] > policies["ppo-2"]["figures"]["gold"] + 0.3
+    assert policies["metarm-2"]["against"]["SFT"]["win"] > 50 > policies["metarm-2"]["against"]["SFT"]["lose"]
+    assert abs(results["ceiling"] - 75) < 6
+    text = report_card.report(results, "somebody")
+    assert text.count("| yes |") == len(signs) - 1 and "| **no** |" not in text and "Gold is the judge: somebody." in text
+
+
+def test_gold_turns_or_stalls_only_if_it_gains_no_more_than_a_tenth_while_the_rm_goes_up():
+    gold = "gold reward of the policy, SD above SFT (before: after round 1)"
+    for end, there in ((-0.5, "yes"), (0.15, "yes"), (0.4, "**no**")):
+        assert signs_of(report_card.measure(**made_up(gold_at_the_end=end)))[gold] == there
+    seen = made_up()
+    seen["scores"]["rm0", "ppo-2", "test"] -= 1.0  # PPO does not even raise its own reward
+    assert signs_of(report_card.measure(**seen))[gold] == "**no**"
+    seen = made_up()
+    for part in ("responses", "scores"):  # one round: cannot be told
+        seen[part] = {key: x for key, x in seen[part].items() if not any(str(name).endswith("-2") for name in key)}
+    assert signs_of(report_card.measure(**seen))[gold] is None
 
 
 def test_a_healthy_run_is_called_healthy():
     seen = made_up()
-    seen.scores["rm0", "ppo-1", "test"] = 3 * seen.gold["ppo-1", "test"]
-    results = report_card.measure(seen)
-    signs = {sign["what"]: sign["holds"] for sign in results["illness"]}
-    assert {claim["points"] for claim in results["claims"] if "shifted" in claim["what"]} == {"against"}
-    assert signs["RM0 on the policy's samples at the same gold gap, % right"] is False
-    assert signs["J of RM0"] is False and signs["variance of RM0's reward difference, SD²"] is False
+    seen["scores"]["rm0", "ppo-2", "test"] = 3 * seen["scores"]["gold", "ppo-2", "test"]
+    results = report_card.measure(**seen)
+    signs = signs_of(results)
+    assert results["rms"]["rm0"]["accuracy"]["shifted"] > results["rms"]["metarm-2"]["accuracy"]["shifted"]
+    assert signs["RM0 right on the policy's samples at the same gold gap, %"] == "**no**"
+    assert signs["J of RM0"] == signs["variance of RM0's reward difference, SD²"] == "**no**"
+
+
+# --------------------------------------------------------------------------------- two policies, any other judge
+
+def test_the_interval_is_wilsons(capsys):
+    """Its ends are the shares p whose own normal interval just reaches the share seen."""
+    rng = np.random.default_rng(0)
+    gap = rng.choice([-1.0, 0.0, 1.0], p=[0.2, 0.3, 0.5], size=(40, 1))
+    for gap in (gap, np.ones((25, 1))):
+        for side, (percent, low, high) in report_card.compared(["A", "B"], "C", gap).items():
+            assert percent == report_card.win_tie_lose(gap, 0 * gap, 0)[side]
+            for p in (low / 100, high / 100):
+                assert (percent / 100 - p) ** 2 == pytest.approx(1.96 ** 2 * p * (1 - p) / len(gap), abs=1e-9)
+            assert -1e-9 <= low <= percent + 1e-9 and percent - 1e-9 <= high <= 100 + 1e-9
+    assert "A against B by C: win 100.0 %" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two random policies of different architectures and tokenizers, an RM from one of them, and plain prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    make_policy(folder / "a", "llama", seed=1)
+    make_policy(folder / "b", "gpt2", seed=2, eos="</s>", padding_side="left")
+    rm.save_model(*rm.load_reward_model(str(folder / "a"), seed=0), folder / "rm")
+    data.write_jsonl(folder / "prompts.jsonl", [{"prompt": f"Human: question {i}?\n\nAssistant:"} for i in range(6)])
+    return folder
+
+
+def options(world, *more, first="a", second="b"):
+    return ["--policies", f"{world / first},{world / second}", "--prompts", str(world / "prompts.jsonl"),
+            "--max_new_tokens", "8", "--k", "2", *map(str, more)]
+
+
+def test_an_rm_judges_two_policies(world, tmp_path, capsys):
+    run = options(world, "--judge", world / "rm", "--out", tmp_path / "ab")
+    assert report_card.main(run) == 0
+    found = json.loads((tmp_path / "ab" / "results.json").read_text())
+    assert found["win"][0] + found["tie"][0] + found["lose"][0] == pytest.approx(100) and found["tie"][0] < 100
+    # again from the kept samples, by hand
+    prompts = data.read_prompts(world / "prompts.jsonl")
+    kept = [[row["responses"] for row in data.read_jsonl(next((tmp_path / "ab").glob(f"*-{name}-*.jsonl")))] for name in "ab"]
+    judge = rm.load_reward_model(str(world / "rm"))
+    first, second = (np.array([rm.score(*judge, [x] * 2, ys).numpy() for x, ys in zip(prompts, groups)]) for groups in kept)
+    by_hand = report_card.win_tie_lose(first, second, 0.25 * np.stack([first, second]).std())
+    assert {side: found[side][0] for side in by_hand} == pytest.approx(by_hand)
+    # the other way round: what one wins the other loses; and a policy ties with itself
+    assert report_card.main(options(world, "--judge", world / "rm", "--out", tmp_path / "ba", first="b", second="a")) == 0
+    back = json.loads((tmp_path / "ba" / "results.json").read_text())
+    assert (back["win"], back["tie"], back["lose"]) == (found["lose"], found["tie"], found["win"])
+    assert report_card.main(options(world, "--judge", world / "rm", "--out", tmp_path / "aa", second="a")) == 0
+    assert json.loads((tmp_path / "aa" / "results.json").read_text())["tie"][0] == 100
+    # finished: skipped; other policies: not silently the same
+    capsys.readouterr()
+    assert report_card.main(run) == 0 and "skipped" in capsys.readouterr().out
+    refused(capsys, *options(world, "--judge", world / "rm", "--out", tmp_path / "ab", second="a"), words=["ab", "--policies B"])
+
+
+def test_blind_pairs_and_their_verdicts_round_trip(world, tmp_path, capsys):
+    out = tmp_path / "blind"
+    assert report_card.main(options(world, "--blind", "--out", out)) == 0
+    pairs, key = data.read_jsonl(out / "pairs.jsonl"), json.loads((out / "key.json").read_text())
+    assert len(pairs) == 12 and all(set(pair) == {"id", "prompt", "answer_1", "answer_2"} for pair in pairs)
+    assert set(key["answer_1"].values()) == {0, 1}  # sides are shuffled, and no line tells which is which
+    assert not any(str(world / name) in (out / "pairs.jsonl").read_text() for name in "ab")
+    instructions = (out / "INSTRUCTIONS.md").read_text()
+    assert "verdicts.jsonl" in instructions and '{"id": "1-3fa2c9", "verdict": "1"}' in instructions
+    groups = [sum((row["responses"] for row in data.read_jsonl(next(out.glob(f"*-{name}-*.jsonl")))), []) for name in "ab"]
+    for pair, *answers in zip(pairs, *groups):
+        side = key["answer_1"][pair["id"]]
+        assert (pair["answer_1"], pair["answer_2"]) == (answers[side], answers[1 - side])
+    # a judge who prefers the first policy in the first six pairs, the second in four, and is undecided on two
+    wanted = [0] * 6 + [1] * 4 + [None] * 2
+    rows = [{"id": pair["id"], "verdict": "tie" if want is None else "1" if key["answer_1"][pair["id"]] == want else "2"}
+            for pair, want in zip(pairs, wanted)]
+    random.Random(0).shuffle(rows)
+    data.write_jsonl(tmp_path / "verdicts.jsonl", rows)
+    capsys.readouterr()
+    assert report_card.main(["--verdicts", str(tmp_path / "verdicts.jsonl"), "--key", str(out / "key.json")]) == 0
+    said = capsys.readouterr().out
+    assert f"{world / 'a'} against {world / 'b'}" in said
+    assert all(words in said for words in ("win 50.0 %", "tie 16.7 %", "lose 33.3 %"))
+    # the same seed, the same sides; another seed, others
+    for seed, same in ((0, True), (1, False)):
+        assert report_card.main(options(world, "--blind", "--out", tmp_path / f"seed{seed}", "--seed", seed)) == 0
+        assert ((tmp_path / f"seed{seed}" / "key.json").read_bytes() == (out / "key.json").read_bytes()) == same
+
+    def wrong(rows, *words):
+        data.write_jsonl(tmp_path / "wrong.jsonl", rows)
+        refused(capsys, "--verdicts", tmp_path / "wrong.jsonl", "--key", out / "key.json", words=["wrong.jsonl", *words])
+
+    last = rows[-1]["id"]
+    wrong(rows[:-1], "line 11", last, "no verdict")
+    wrong(rows + [{"id": last, "verdict": "tie"}], "line 13", last, "already, in line 12")
+    wrong(rows[:3] + [{"id": "99-abcdef", "verdict": "1"}] + rows[3:], "line 4", "99-abcdef", "is not in")
+    wrong(rows[:3] + [{"verdict": "1"}], "line 4", "None", "is not in")
+    wrong([{"id": last, "verdict": "A"}] + rows[:-1], "line 1:", last, '"1", "2" or "tie"', '"A"')
+    wrong([{"id": last}] + rows[:-1], "line 1:", last, '"1", "2" or "tie"')
+    refused(capsys, "--verdicts", tmp_path / "verdicts.jsonl", "--key", tmp_path / "verdicts.jsonl", words=["--key", "--blind"])
+    refused(capsys, "--verdicts", tmp_path / "none.jsonl", "--key", out / "key.json", words=["none.jsonl"])
+
+
+@pytest.mark.parametrize("flags", ["", "--run r --out o", "--judge j --policies a,b --prompts p", "--policies a,b --out o",
+                                   "--judge j --blind --policies a,b --prompts p --out o", "--verdicts v",
+                                   "--run r --verdicts v --key k"])
+def test_flags_that_do_not_belong_together(flags, capsys):
+    refused(capsys, *flags.split(), words=["belong together", "--verdicts --key", "--judge --policies --prompts --out",
+                                           flags.split()[0] if flags else "no flag"])
+
+
+def test_mistakes_with_two_policies(world, tmp_path, capsys):
+    rest = ["--prompts", world / "prompts.jsonl", "--out", tmp_path / "x", "--max_new_tokens", "8"]
+    ab, judge = f"{world / 'a'},{world / 'b'}", ["--judge", world / "rm"]
+    refused(capsys, *judge, "--policies", world / "a", *rest, words=["--policies", "A,B"])
+    refused(capsys, "--judge", world / "a", "--policies", ab, *rest, words=[world / "a", "no reward head"])
+    refused(capsys, *judge, "--policies", f"{world / 'a'},{world / 'rm'}", *rest, words=[world / "rm", "not a causal"])
+    refused(capsys, *judge, "--policies", f"{world / 'nobody'},{world / 'b'}", *rest, words=["nobody"])
+    refused(capsys, *judge, "--policies", ab, *rest, "--max_new_tokens", "500", words=["500", "positions"])
+    assert not (tmp_path / "x").exists()

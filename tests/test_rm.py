@@ -216,7 +216,7 @@ def test_mistakes_get_one_line_and_leave_nothing(tmp_path, policy_folder, pairs_
     small.save_pretrained(other)
     base = {"--model": policy_folder, "--data": pairs_file, "--out": f"{tmp_path}/x"}
     for change, word in [({"--model": str(broken)}, "NaN"), ({"--model": str(cut)}, "cannot be loaded"),
-                         ({"--model": str(tmp_path)}, "cannot be loaded"), ({"--model": "no/such/folder"}, "no such model folder"),
+                         ({"--model": str(tmp_path)}, "lies in --model"), ({"--model": "no/such/folder"}, "no such model folder"),
                          ({"--model": str(other)}, "do not belong together"), ({"--data": "nowhere.jsonl"}, "nowhere.jsonl"),
                          ({"--batch_size": "99"}, "--batch_size"), ({"--lr": "1e30", "--max_grad_norm": "1e9"}, "--lr"),
                          ({"--lr": "fast"}, "--lr"), ({"--nonsense": "1"}, "--nonsense"), ({"--max_length": "1"}, "--max_length")]:
