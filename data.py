@@ -626,7 +626,8 @@ def stage(command: str, config, inputs: list[str], ignore: tuple[str, ...] = ("o
             if [path.name for path in work.iterdir()] == ["stage.json"]:        # nothing to go on from
                 shutil.rmtree(work)
             raise
-        (work / "checkpoint.pt").unlink(missing_ok=True)
+        for left in [*work.glob("checkpoint.pt"), *work.glob("*.tmp")]:     # a kill may have left the latter
+            left.unlink()
         os.replace(work, out)
 
 

@@ -1,6 +1,7 @@
 """The report on a run, by the toy world's gold reward; and a comparison of any two policies by any other judge.
 
     python eval.py --run runs/toy                                       (--judge RM: an RM in gold's place)
+    python eval.py --runs runs/toy-0,runs/toy-1,runs/toy-2               one table over several seeds
     python eval.py --judge RM --policies A,B --prompts FILE --out DIR   by a reward model
     python eval.py --blind    --policies A,B --prompts FILE --out DIR   by a human or an LLM, who sees no names ...
     python eval.py --verdicts verdicts.jsonl --key DIR/key.json         ... and what came of it
@@ -317,7 +318,7 @@ of gold, and their ratio. ρ: rank correlation with gold within a prompt.
 
 
 def figures(results: dict, folder: Path) -> None:
-    """The four pictures. A heading says what this run's numbers say; an arm has one colour throughout."""
+    """The four pictures. Headings and legends say what this run's numbers say; an arm has one colour throughout."""
     from matplotlib import figure, rcParams
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
     rm0, last, shifted = results["rms"]["rm0"], results["last"], results["last"]["ppo"]
@@ -340,10 +341,10 @@ def figures(results: dict, folder: Path) -> None:
     lines = []
     for of, key, style in (("rm0", "variance by RM", "-"), ("gold", "variance by gold", "--")):
         y = steps("ppo", key)  # drawn as means of up to 9 steps, since a step has few rollouts
-        near = [min(4, i, len(y) - 1 - i) for i in range(len(y))]
-        lines.append((range(len(y)), [y[i - n:i + n + 1].mean() for i, n in enumerate(near)], of, style, NAMES[of]))
+        y = [y[i - min(4, i):i + min(4, i) + 1].mean() for i in range(len(y))]
+        lines.append((range(len(y)), y, of, style, f"by {NAMES[of]}"))
     ends = [show(rm0[on][by]) for by in ("variance, SD²", "variance of gold") for on in ("sft", "shifted")]
-    draw("fig1_reward_difference", "Over PPO, the difference of two answers goes from {} to {} by RM0, {} to {} by gold"
+    draw("fig1_reward_difference", "Variance of the difference of two answers over PPO: {} → {} by RM0, {} → {} by gold"
          .format(*ends), lines, xlabel="PPO step", ylabel="variance of the reward difference, SD²", ylim=(0, None))
     # Gao et al. 2022: what the policy pays in KL, what the RM in use promises for it, and what it gets
     lines, end = [], results["policies"][shifted]["figures"]
@@ -352,7 +353,7 @@ def figures(results: dict, folder: Path) -> None:
             bins = np.floor(8 * steps(arm, "KL") / steps(arm, "KL").max(initial=1))
             x, y = ([steps(arm, what)[bins == b].mean() for b in np.unique(bins)] for what in ("KL", key))
             lines.append((x, y, arm, style, f"{NAMES[arm]}, by {judge}"))
-    draw("gold_over_kl", f"After PPO, RM0 promises {show(end['RM'])} SD more than SFT; gold gives {show(end['gold'])}",
+    draw("gold_over_kl", f"After PPO, RM0 promises {end['RM']:.2f} SD more than SFT; gold gives {end['gold']:.2f} SD",
          lines, xlabel="KL to the SFT policy, nats a response", ylabel="mean reward, SD above SFT")
     # Figure 4: what does the meta step cost in accuracy on D?
     lines = [(*np.array(points).T, arm_of(name)[0], {1: ":", 2: "--"}.get(arm_of(name)[1], "-"), title(name))
@@ -413,6 +414,7 @@ def compare(config: "EvalConfig") -> None:
         data.write_jsonl(work / "pairs.jsonl", pairs)
         data.write_jsonl(work / "key.json", [{"policies": names, "prompts": len(prompts), "answer_1": sides}])
         data.write_text(work / "INSTRUCTIONS.md", INSTRUCTIONS)
+        print(f"eval.py: {config.out}: {len(pairs)} pairs; show a judge pairs.jsonl and INSTRUCTIONS.md, and nothing else")
 
 
 def unblind(config: "EvalConfig") -> dict:
@@ -440,6 +442,7 @@ def unblind(config: "EvalConfig") -> dict:
 @dataclass
 class EvalConfig:
     run: str = field(default="", metadata={"help": "report on this folder of a run, as run.sh lays it out"})
+    runs: str = field(default="", metadata={"help": "print one table over these runs, A,B,C: the seeds of one setting"})
     judge: str = field(default="", metadata={"help": "the reward model that judges --policies or --run"})
     blind: bool = field(default=False, metadata={"help": "write answers of --policies as pairs without names"})
     policies: str = field(default="", metadata={"help": "two policies (folders or hub names), A,B"})
@@ -542,8 +545,39 @@ def evaluate(config: EvalConfig) -> None:
     print(f"eval.py: {run / 'report.md'}: {signs.count('yes')} of {len(signs)} signs of the illness (one seed)")
 
 
+def summarise(config: EvalConfig) -> None:
+    """One table over the runs of several seeds: mean and, after it, the SD over the seeds. Printed, to be pasted."""
+    runs = {folder: data.read_json(Path(folder) / "results.json") for folder in config.runs.split(",")}
+    for folder, found in runs.items():
+        if not found:
+            raise ValueError(f"--runs {folder}: no results.json there; finish that run first")
+
+    def cell(get, digits=1):  # over the runs that have it
+        values = [x for x in (get(found) for found in runs.values()) if isinstance(x, (int, float))]
+        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}" if values else "–"
+
+    first = next(iter(runs.values()))
+    print(f"Over {len(runs)} seeds ({config.runs}), mean ± SD.\n\n| the illness | before | after | there, of {len(runs)} |\n|---|---|---|---|")
+    for sign in first["illness"]:
+        before, after = (cell(lambda found: found["illness"][sign][when], 2) for when in ("before", "after"))
+        print(f"| {sign} | {before} | {after} | {sum(found['illness'][sign]['there?'] == 'yes' for found in runs.values())} |")
+    print("\n| policy | RM, SD above SFT | gold, SD above SFT | win − lose against SFT | PPO on RM0 | DPO | KL, nats | Self-BLEU |\n"
+          "|---|---|---|---|---|---|---|---|")
+    for policy in [*first["policies"]]:
+        figure = lambda name: cell(lambda found: found["policies"][policy]["figures"][name], 2)
+        against = lambda other: cell(lambda found: (lambda x: x and x["win"] - x["lose"])(found["policies"][policy]["against"].get(other)))
+        print(f"| {title(policy)} | {figure('RM')} | {figure('gold')} | {against('SFT')} | {against('PPO on RM0')} | {against('DPO')} "
+              f"| {figure('KL')} | {figure('Self-BLEU')} |")
+    print("\n| RM | D, noisy, % | D, gold, % | SFT, % | shifted, % | OOD, % | J, shifted | gap, shifted, SD |\n|---|---|---|---|---|---|---|---|")
+    for model in first["rms"]:
+        accuracy = lambda name: cell(lambda found: found["rms"][model]["accuracy"].get(name))
+        gap = lambda name, digits: cell(lambda found: found["rms"][model]["shifted"][name], digits)
+        print(f"| {title(model)} | " + " | ".join(map(accuracy, ("D, noisy", "D, gold", "SFT for shifted", "shifted", "OOD")))
+              + f" | {gap('J', 3)} | {gap('gap, SD', 2)} |")
+
+
 def choose(config: EvalConfig) -> None:
-    ways = {"--run": evaluate, "--run --judge": evaluate, "--judge --policies --prompts --out": compare,
+    ways = {"--run": evaluate, "--run --judge": evaluate, "--runs": summarise, "--judge --policies --prompts --out": compare,
             "--blind --policies --prompts --out": compare, "--verdicts --key": unblind}
     given = [f"--{name}" for name, value in asdict(config).items() if isinstance(value, (str, bool)) and value]
     for way, body in ways.items():

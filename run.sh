@@ -6,6 +6,7 @@
 #   bash run.sh hh-smoke the same with a few steps a stage: does my model, my data, my GPU's memory do?
 #   bash run.sh smoke    the toy loop, shortened to about a minute, in a temporary folder
 #   bash run.sh test     the tests
+#   bash run.sh killtest smoke, killed at 20 random moments (KILLS=20): does it end as if it had not been? (Linux)
 #
 # Options behind the preset: --seed 3  --run FOLDER (where to write)
 #   and for hh: --model FOLDER_OR_HUB_NAME  --data FILE_OR_HUB_FILE  --ood FILE (prompts of another domain)
@@ -57,6 +58,37 @@ done
 
 case $preset in hh | hh-smoke) real=1 ;; *) real="" ;; esac
 
+# ------------------------------------------------------------------------------------------------ the kill test
+# SIGKILL to all processes at once, as a power cut would, at seeded random moments: the same command, given again and
+# again, must end with the very results.json of a run that nobody disturbed. When it gets there, the next folder follows.
+if [ "$preset" = killtest ]; then
+  scratch=$(mktemp -d) kills=0 folder=1 RANDOM=$((seed + 1))
+  export PYTHON
+  smoke() { exec setsid "$BASH" run.sh smoke --seed "$seed" --run "$scratch/$1"; } # in a session of its own
+  living() { # the process groups of a session (the controls have one of their own), less the dead that nobody buried
+    ps -A -o sess= -o pgid= -o state= | awk -v session="$1" '$1 == session && $3 !~ /Z/ { print -$2 }' | sort -u
+  }
+  finished() { # waits for the run; compares
+    wait "$controls" || { tail -n 20 "$scratch/$1.log"; echo "killtest: the run in folder $1 failed"; exit 1; }
+    left=$(find "$scratch/$1" -name '*.partial' -o -name '*.lock' -o -name '*.tmp')
+    [ -z "$left" ] && cmp "$scratch/whole/results.json" "$scratch/$1/results.json" ||
+      { echo "killtest: folder $1 does not end like the undisturbed run $left"; exit 1; }
+    echo "folder $1: results.json is identical"
+  }
+  SECONDS=0; smoke whole &> "$scratch/whole.log" & controls=$!; finished whole; whole=$SECONDS
+  while smoke "$folder" &>> "$scratch/$folder.log" & controls=$!; [ "$kills" -lt "${KILLS:-20}" ]; do
+    for ((tick = RANDOM % (10 * whole); tick > 0; tick--)); do kill -0 "$controls" 2> /dev/null || break; sleep 0.1; done
+    if [ "$tick" -gt 0 ]; then finished "$folder"; folder=$((folder + 1)); continue; fi
+    while victims=$(living "$controls") && [ -n "$victims" ]; do kill -KILL -- $victims 2> /dev/null || true; sleep 0.1; done
+    wait "$controls" 2> /dev/null || true
+    kills=$((kills + 1))
+    echo "kill $kills, folder $folder, in the midst of:" $(cd "$scratch/$folder" 2> /dev/null && find . -name '*.partial')
+  done
+  finished "$folder"
+  controls=""
+  exit 0
+fi
+
 # -------------------------------------------------------------------------------------------------- the presets
 # The climb eta is as long as one step of the optimizer, as in the paper (alpha = eta): AdamW moves each of P weights
 # by about alpha, so its step is alpha sqrt(P) long - 0.11 for the toy's 132 thousand, 0.06 for 135 million at 5e-6.
@@ -75,8 +107,10 @@ case $preset in
     eval_flags=()
     if [ "$preset" = smoke ]; then # every stage, no result worth reading
       rounds=1 k=3 world=(--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 16 --ood_ppo 16)
-      sft_flags+=(--epochs 1)
-      ppo_flags+=(--steps 2 --batch_size 16 --minibatch_size 8 --scale_prompts 16)
+      sft_flags+=(--epochs 1 --checkpoint_minutes 0) # a checkpoint a step: the kill test goes on from these
+      rm_flags+=(--checkpoint_minutes 0)
+      dpo_flags+=(--checkpoint_minutes 0)
+      ppo_flags+=(--steps 2 --batch_size 16 --minibatch_size 8 --scale_prompts 16 --checkpoint_minutes 0)
     fi ;;
   hh | hh-smoke) # the paper's settings but for: a small model, --max_length 512, fewer rollouts a step
     rounds=3 k=5
@@ -100,7 +134,7 @@ case $preset in
       eval_flags+=(--max_new_tokens 16)
     fi ;;
   *)
-    echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test" >&2; exit 2 ;;
+    echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test, killtest" >&2; exit 2 ;;
 esac
 
 # Two threads up to RM 0, then two arms side by side with one thread each: small models gain little from the second

@@ -430,7 +430,8 @@ def test_exception_keeps_what_can_be_resumed_and_no_litter(config):
     assert not out.exists() and os.listdir(out.parent) == ["rm0.partial"]
     with stage(config) as work:
         assert (work / "checkpoint").read_text() == "half way"                # goes on
-    assert (out / "checkpoint").exists()
+        (work / "checkpoint.pt.tmp").write_text("killed while writing this")
+    assert (out / "checkpoint").exists() and not (out / "checkpoint.pt.tmp").exists()
     shutil.move(out, work)
     with stage(dataclasses.replace(config, eta=0.2)) as work:
         assert os.listdir(work) == ["stage.json"]                             # made with other options: wiped

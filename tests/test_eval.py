@@ -406,7 +406,8 @@ def test_known_illness_and_known_cure():
     assert policies["metarm-2"]["against"]["SFT"]["win"] > 50 > policies["metarm-2"]["against"]["SFT"]["lose"]
     assert abs(results["ceiling"] - 75) < 6
     text = report_card.report(results, "somebody")
-    assert text.count("| yes |") == len(signs) - 1 and "| **no** |" not in text and "Gold is the judge: somebody." in text
+    assert text.count("| yes |") == len(signs) - 1 and "| **no** |" not in text
+    assert "Gold is the judge: somebody." in text
 
 
 def test_gold_turns_or_stalls_only_if_it_gains_no_more_than_a_tenth_while_the_rm_goes_up():
@@ -470,13 +471,16 @@ def test_an_rm_judges_two_policies(world, tmp_path, capsys):
     assert found["win"][0] + found["tie"][0] + found["lose"][0] == pytest.approx(100) and found["tie"][0] < 100
     # again from the kept samples, by hand
     prompts = data.read_prompts(world / "prompts.jsonl")
-    kept = [[row["responses"] for row in data.read_jsonl(next((tmp_path / "ab").glob(f"*-{name}-*.jsonl")))] for name in "ab"]
+    kept = [[row["responses"] for row in data.read_jsonl(next((tmp_path / "ab").glob(f"*-{name}-*.jsonl")))]
+            for name in "ab"]
     judge = rm.load_reward_model(str(world / "rm"))
-    first, second = (np.array([rm.score(*judge, [x] * 2, ys).numpy() for x, ys in zip(prompts, groups)]) for groups in kept)
+    first, second = (np.array([rm.score(*judge, [x] * 2, ys).numpy() for x, ys in zip(prompts, groups)])
+                     for groups in kept)
     by_hand = report_card.win_tie_lose(first, second, 0.25 * np.stack([first, second]).std())
     assert {side: found[side][0] for side in by_hand} == pytest.approx(by_hand)
     # the other way round: what one wins the other loses; and a policy ties with itself
-    assert report_card.main(options(world, "--judge", world / "rm", "--out", tmp_path / "ba", first="b", second="a")) == 0
+    turned = options(world, "--judge", world / "rm", "--out", tmp_path / "ba", first="b", second="a")
+    assert report_card.main(turned) == 0
     back = json.loads((tmp_path / "ba" / "results.json").read_text())
     assert (back["win"], back["tie"], back["lose"]) == (found["lose"], found["tie"], found["win"])
     assert report_card.main(options(world, "--judge", world / "rm", "--out", tmp_path / "aa", second="a")) == 0
@@ -484,7 +488,8 @@ def test_an_rm_judges_two_policies(world, tmp_path, capsys):
     # finished: skipped; other policies: not silently the same
     capsys.readouterr()
     assert report_card.main(run) == 0 and "skipped" in capsys.readouterr().out
-    refused(capsys, *options(world, "--judge", world / "rm", "--out", tmp_path / "ab", second="a"), words=["ab", "--policies B"])
+    refused(capsys, *options(world, "--judge", world / "rm", "--out", tmp_path / "ab", second="a"),
+            words=["ab", "--policies B"])
 
 
 def test_blind_pairs_and_their_verdicts_round_trip(world, tmp_path, capsys):
@@ -496,14 +501,16 @@ def test_blind_pairs_and_their_verdicts_round_trip(world, tmp_path, capsys):
     assert not any(str(world / name) in (out / "pairs.jsonl").read_text() for name in "ab")
     instructions = (out / "INSTRUCTIONS.md").read_text()
     assert "verdicts.jsonl" in instructions and '{"id": "1-3fa2c9", "verdict": "1"}' in instructions
-    groups = [sum((row["responses"] for row in data.read_jsonl(next(out.glob(f"*-{name}-*.jsonl")))), []) for name in "ab"]
+    groups = [sum((row["responses"] for row in data.read_jsonl(next(out.glob(f"*-{name}-*.jsonl")))), [])
+              for name in "ab"]
     for pair, *answers in zip(pairs, *groups):
         side = key["answer_1"][pair["id"]]
         assert (pair["answer_1"], pair["answer_2"]) == (answers[side], answers[1 - side])
     # a judge who prefers the first policy in the first six pairs, the second in four, and is undecided on two
     wanted = [0] * 6 + [1] * 4 + [None] * 2
-    rows = [{"id": pair["id"], "verdict": "tie" if want is None else "1" if key["answer_1"][pair["id"]] == want else "2"}
-            for pair, want in zip(pairs, wanted)]
+    sides = [key["answer_1"][pair["id"]] for pair in pairs]
+    rows = [{"id": pair["id"], "verdict": "tie" if want is None else "1" if side == want else "2"}
+            for pair, side, want in zip(pairs, sides, wanted)]
     random.Random(0).shuffle(rows)
     data.write_jsonl(tmp_path / "verdicts.jsonl", rows)
     capsys.readouterr()
@@ -518,7 +525,8 @@ def test_blind_pairs_and_their_verdicts_round_trip(world, tmp_path, capsys):
 
     def wrong(rows, *words):
         data.write_jsonl(tmp_path / "wrong.jsonl", rows)
-        refused(capsys, "--verdicts", tmp_path / "wrong.jsonl", "--key", out / "key.json", words=["wrong.jsonl", *words])
+        refused(capsys, "--verdicts", tmp_path / "wrong.jsonl", "--key", out / "key.json",
+                words=["wrong.jsonl", *words])
 
     last = rows[-1]["id"]
     wrong(rows[:-1], "line 11", last, "no verdict")
@@ -527,13 +535,14 @@ def test_blind_pairs_and_their_verdicts_round_trip(world, tmp_path, capsys):
     wrong(rows[:3] + [{"verdict": "1"}], "line 4", "None", "is not in")
     wrong([{"id": last, "verdict": "A"}] + rows[:-1], "line 1:", last, '"1", "2" or "tie"', '"A"')
     wrong([{"id": last}] + rows[:-1], "line 1:", last, '"1", "2" or "tie"')
-    refused(capsys, "--verdicts", tmp_path / "verdicts.jsonl", "--key", tmp_path / "verdicts.jsonl", words=["--key", "--blind"])
+    refused(capsys, "--verdicts", tmp_path / "verdicts.jsonl", "--key", tmp_path / "verdicts.jsonl",
+            words=["--key", "--blind"])
     refused(capsys, "--verdicts", tmp_path / "none.jsonl", "--key", out / "key.json", words=["none.jsonl"])
 
 
-@pytest.mark.parametrize("flags", ["", "--run r --out o", "--judge j --policies a,b --prompts p", "--policies a,b --out o",
-                                   "--judge j --blind --policies a,b --prompts p --out o", "--verdicts v",
-                                   "--run r --verdicts v --key k"])
+@pytest.mark.parametrize("flags", [
+    "", "--run r --out o", "--judge j --policies a,b --prompts p", "--policies a,b --out o", "--verdicts v",
+    "--judge j --blind --policies a,b --prompts p --out o", "--run r --verdicts v --key k"])
 def test_flags_that_do_not_belong_together(flags, capsys):
     refused(capsys, *flags.split(), words=["belong together", "--verdicts --key", "--judge --policies --prompts --out",
                                            flags.split()[0] if flags else "no flag"])

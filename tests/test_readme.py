@@ -31,7 +31,7 @@ def test_linked_files_and_pictures_exist():
 def test_every_option_in_run_sh_and_readme_exists(command, capsys):
     """Options beside a command in run.sh (continuation lines too) and README are options of that command."""
     text = re.sub(r"\\\n", " ", (ROOT / "run.sh").read_text(encoding="utf-8")) + README
-    used = {option for line in re.findall(rf"{re.escape(command)} [^\n|`]*", text) for option in re.findall(r" (--[a-z_]+)", line)}
+    used = {option for line in re.findall(rf"(?<!\w){re.escape(command)} [^\n|`]*", text) for option in re.findall(r" (--[a-z_]+)", line)}
     module = importlib.import_module(command[:-3])
     assert module.main(["--help"]) == 0
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))

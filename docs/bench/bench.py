@@ -53,22 +53,23 @@ import rm  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------ measuring
 
-def in_turn(repetitions: int, sides: dict) -> dict:
+def in_turn(repetitions: int, sides: dict, warm_up: bool = True) -> dict:
     """{"seconds": {side: [one a turn]}, "tokens": {side: of one call}} of functions called in turn, A B A B.
 
-    A function's CPU time counts, or the float that it returns (of a trainer's loop without its set-up). A first
-    round, untimed, warms up and counts the tokens that each side's models are given, padding included.
+    A function's CPU time counts, or the float that it returns (of a trainer's loop without its set-up). With
+    `warm_up`, the first turn is not timed: what is long and starts by loading models can do without. Tokens are
+    those that each side's models are given, padding included.
     """
     seconds, tokens = {name: [] for name in sides}, {}
-    for name, function in sides.items():
-        with counted_tokens() as count:
-            function()
-        tokens[name] = sum(count)
-    for _ in range(repetitions):
+    for turn in range(repetitions + warm_up):
         for name, function in sides.items():
-            start = time.process_time()
-            inner = function()
-            seconds[name].append(inner if isinstance(inner, float) else time.process_time() - start)
+            with counted_tokens() as count:
+                start = time.process_time()
+                inner = function()
+                taken = inner if isinstance(inner, float) else time.process_time() - start
+            if turn >= warm_up:
+                seconds[name].append(taken)
+            tokens[name] = sum(count)
     return {"seconds": seconds, "tokens": tokens}
 
 
@@ -154,7 +155,7 @@ def rm_training(cfg, box) -> dict:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
     folder, tokenizer, pairs = real(cfg.data, box)
-    pairs, batch = pairs[:80], 8
+    pairs, batch = pairs[:48], 8
     data.write_jsonl(box / "d.jsonl", pairs)
     encoded = rm.encode_pairs(rm.load_reward_model(folder, seed=0)[0], tokenizer, pairs, MAX_LENGTH, "")
     dataset = Dataset.from_list([{"chosen_ids": sum(chosen, []), "rejected_ids": sum(rejected, [])}
@@ -175,7 +176,8 @@ def rm_training(cfg, box) -> dict:
                 max_length=MAX_LENGTH, learning_rate=5e-6), train_dataset=dataset, processing_class=tokenizer)
         return their_loop(trainer)
 
-    return in_turn(cfg.repetitions, {"theirs": theirs, "ours": ours, "ours_unsorted": ours_unsorted}) | {
+    sides = {"theirs": theirs, "ours": ours, "ours_unsorted": ours_unsorted}
+    return in_turn(cfg.repetitions, sides, warm_up=False) | {
         "pairs": len(pairs), "prompt": mean(len(chosen[0]) for chosen, _ in encoded),
         "response": mean(len(row[1]) for pair in encoded for row in pair),
         "least_tokens": sum(len(a[0]) + len(a[1]) + len(b[1]) for a, b in encoded)}
@@ -307,7 +309,7 @@ def ppo_iteration(cfg, box, model: str, prompts: list[str], rollouts: int, minib
                               if "completions/mean_length" in row]
         return seconds
 
-    return in_turn(cfg.repetitions, {"theirs": theirs, "ours": ours}) | {
+    return in_turn(cfg.repetitions, {"theirs": theirs, "ours": ours}, warm_up=False) | {
         "rollouts": rollouts * iterations, "length": {side: mean(found) for side, found in lengths.items()}}
 
 
