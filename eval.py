@@ -344,7 +344,7 @@ def figures(results: dict, folder: Path) -> None:
         y = [y[i - min(4, i):i + min(4, i) + 1].mean() for i in range(len(y))]
         lines.append((range(len(y)), y, of, style, f"by {NAMES[of]}"))
     ends = [show(rm0[on][by]) for by in ("variance, SD²", "variance of gold") for on in ("sft", "shifted")]
-    draw("fig1_reward_difference", "Variance of the difference of two answers over PPO: {} → {} by RM0, {} → {} by gold"
+    draw("fig1_reward_difference", "Variance of the difference of two answers: {} → {} by RM0, {} → {} by gold"
          .format(*ends), lines, xlabel="PPO step", ylabel="variance of the reward difference, SD²", ylim=(0, None))
     # Gao et al. 2022: what the policy pays in KL, what the RM in use promises for it, and what it gets
     lines, end = [], results["policies"][shifted]["figures"]
@@ -414,7 +414,7 @@ def compare(config: "EvalConfig") -> None:
         data.write_jsonl(work / "pairs.jsonl", pairs)
         data.write_jsonl(work / "key.json", [{"policies": names, "prompts": len(prompts), "answer_1": sides}])
         data.write_text(work / "INSTRUCTIONS.md", INSTRUCTIONS)
-        print(f"eval.py: {config.out}: {len(pairs)} pairs; show a judge pairs.jsonl and INSTRUCTIONS.md, and nothing else")
+        print(f"eval.py: {config.out}: {len(pairs)} pairs; a judge gets pairs.jsonl and INSTRUCTIONS.md, nothing else")
 
 
 def unblind(config: "EvalConfig") -> dict:

@@ -60,31 +60,32 @@ case $preset in hh | hh-smoke) real=1 ;; *) real="" ;; esac
 
 # ------------------------------------------------------------------------------------------------ the kill test
 # SIGKILL to all processes at once, as a power cut would, at seeded random moments: the same command, given again and
-# again, must end with the very results.json of a run that nobody disturbed. When it gets there, the next folder follows.
+# again, must end with the very results.json of an undisturbed run. Where it got that far, the next folder follows.
 if [ "$preset" = killtest ]; then
-  scratch=$(mktemp -d) kills=0 folder=1 RANDOM=$((seed + 1))
-  export PYTHON
-  smoke() { exec setsid "$BASH" run.sh smoke --seed "$seed" --run "$scratch/$1"; } # in a session of its own
+  scratch=$(mktemp -d) kills=0 n=1 RANDOM=$((seed + 1))
+  export PYTHON TMPDIR=$scratch
+  start() { exec setsid "$BASH" run.sh smoke --seed "$seed" --run "$scratch/$1" &>> "$scratch/$1.log"; }
+  fail() { tail -n 20 "$scratch/$1.log"; echo "killtest: $1: $2"; exit 1; }
   living() { # the process groups of a session (the controls have one of their own), less the dead that nobody buried
     ps -A -o sess= -o pgid= -o state= | awk -v session="$1" '$1 == session && $3 !~ /Z/ { print -$2 }' | sort -u
   }
-  finished() { # waits for the run; compares
-    wait "$controls" || { tail -n 20 "$scratch/$1.log"; echo "killtest: the run in folder $1 failed"; exit 1; }
-    left=$(find "$scratch/$1" -name '*.partial' -o -name '*.lock' -o -name '*.tmp')
-    [ -z "$left" ] && cmp "$scratch/whole/results.json" "$scratch/$1/results.json" ||
-      { echo "killtest: folder $1 does not end like the undisturbed run $left"; exit 1; }
-    echo "folder $1: results.json is identical"
+  finish() {
+    wait "$controls" || fail "$1" "the run failed"
+    [ -z "$(find "$scratch/$1" -name '*.partial' -o -name '*.lock' -o -name '*.tmp')" ] || fail "$1" "something is left over"
+    cmp "$scratch/undisturbed/results.json" "$scratch/$1/results.json" || fail "$1" "another results.json"
+    echo "$1: results.json is identical"
   }
-  SECONDS=0; smoke whole &> "$scratch/whole.log" & controls=$!; finished whole; whole=$SECONDS
-  while smoke "$folder" &>> "$scratch/$folder.log" & controls=$!; [ "$kills" -lt "${KILLS:-20}" ]; do
-    for ((tick = RANDOM % (10 * whole); tick > 0; tick--)); do kill -0 "$controls" 2> /dev/null || break; sleep 0.1; done
-    if [ "$tick" -gt 0 ]; then finished "$folder"; folder=$((folder + 1)); continue; fi
-    while victims=$(living "$controls") && [ -n "$victims" ]; do kill -KILL -- $victims 2> /dev/null || true; sleep 0.1; done
-    wait "$controls" 2> /dev/null || true
+  SECONDS=0; start undisturbed & controls=$!; wait "$controls" || fail undisturbed "the run failed"
+  moments=$((8 * SECONDS)) # tenths of a second
+  while start "killed-$n" & controls=$!; [ "$kills" -lt "${KILLS:-20}" ]; do
+    for ((wait = RANDOM % moments; wait > 0; wait--)); do kill -0 "$controls" 2> /dev/null || break; sleep 0.1; done
+    if [ "$wait" -gt 0 ]; then finish "killed-$n"; n=$((n + 1)); continue; fi
+    { while victims=$(living "$controls") && [ -n "$victims" ]; do kill -KILL -- $victims || true; sleep 0.1; done
+      wait "$controls" || true; } 2> /dev/null
     kills=$((kills + 1))
-    echo "kill $kills, folder $folder, in the midst of:" $(cd "$scratch/$folder" 2> /dev/null && find . -name '*.partial')
+    echo "kill $kills, killed-$n, in the midst of" $(find "$scratch/killed-$n" -name '*.partial' -printf '%P ' 2> /dev/null)
   done
-  finished "$folder"
+  finish "killed-$n"
   controls=""
   exit 0
 fi
