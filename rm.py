@@ -195,9 +195,10 @@ def load_pretrained(auto_class, path: str, **kwargs):
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{path}: its {what} cannot be loaded ({first[:300].strip()}); give a whole `save_pretrained` folder: "
                          f"config.json, safetensors and tokenizer, of an architecture that transformers knows") from error
-    for name, holds, needs in sorted(info["mismatched_keys"]):
-        raise ValueError(f"{path}: the weight {name} has the shape {tuple(holds)}, a {type(model).__name__} as used here "
-                         f"needs {tuple(needs)}: give a checkpoint that fits its config.json, with one number as its reward")
+    if odd := sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]):  # (5.x: with shapes)
+        raise ValueError(f"{path}: the weight {odd[0]} has not the shape {tuple(model.state_dict()[odd[0]].shape)} that a "
+                         f"{type(model).__name__} needs here: give a checkpoint that fits its config.json and, as a reward "
+                         f"model, returns one number")
     trunk = [name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")
              and "pooler" not in name]
     if trunk:

@@ -80,8 +80,9 @@ if [ "$preset" = killtest ]; then
   while start "killed-$n" & controls=$!; [ "$kills" -lt "${KILLS:-20}" ]; do
     for ((wait = RANDOM % moments; wait > 0; wait--)); do kill -0 "$controls" 2> /dev/null || break; sleep 0.1; done
     if [ "$wait" -gt 0 ]; then finish "killed-$n"; n=$((n + 1)); continue; fi
-    { while victims=$(living "$controls") && [ -n "$victims" ]; do kill -KILL -- $victims || true; sleep 0.1; done
-      wait "$controls" || true; } 2> /dev/null
+    { while kill -0 "$controls" || [ -n "$(living "$controls")" ]; do
+        kill -KILL -- $(living "$controls") || true; sleep 0.1
+      done; wait "$controls" || true; } 2> /dev/null
     kills=$((kills + 1))
     echo "kill $kills, killed-$n, in the midst of" $(find "$scratch/killed-$n" -name '*.partial' -printf '%P ' 2> /dev/null)
   done
