@@ -83,8 +83,8 @@ if [ "$preset" = killtest ]; then
     { while kill -0 "$controls" || [ -n "$(living "$controls")" ]; do
         kill -KILL -- $(living "$controls") || true; sleep 0.1
       done; wait "$controls" || true; } 2> /dev/null
-    kills=$((kills + 1))
-    echo "kill $kills, killed-$n, in the midst of" $(find "$scratch/killed-$n" -name '*.partial' -printf '%P ' 2> /dev/null)
+    kills=$((kills + 1)) stages=$(find "$scratch/killed-$n" -name '*.partial' -printf '%P ' 2> /dev/null || true)
+    echo "kill $kills, killed-$n, in the midst of ${stages:-no stage}"
   done
   finish "killed-$n"
   controls=""
