@@ -177,11 +177,21 @@ def collate(tokenizer, rows: list[tuple[list[int], list[int]]], device="cpu") ->
     return {name: x.to(device) for name, x in batch.items()}
 
 
-def inputs_of(model, batch: dict[str, torch.Tensor], keep: int = 0) -> dict:
-    """What `model` takes of a batch; with `keep`, logits of the last `keep` positions only (prompts need none)."""
-    accepted = inspect.signature(model.forward).parameters
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in accepted}
-    return {**inputs, **({"logits_to_keep": keep} if keep and "logits_to_keep" in accepted else {})}
+def states_of(model, batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The output `name` ("logits", "last_hidden_state") at the token BEFORE each response token, which is where that
+    token is predicted: (b, t, width). Rows with one prompt - the rollouts of a prompt, DPO's pairs - read it once."""
+    t, takes = batch["mask"].shape[1], inspect.signature(model.forward).parameters
+    ids, real = batch["input_ids"], batch["attention_mask"]
+    prompts, owner = torch.cat([ids[:, :-t], real[:, :-t]], dim=1).unique(dim=0, return_inverse=True)
+    if len(prompts) < len(ids) and rm.shares_prompts(model):
+        before, after = rm.read_prompts_once(
+            model, model, dict(zip(("input_ids", "attention_mask"), prompts.chunk(2, dim=1))),
+            {"input_ids": ids[:, -t:], "attention_mask": real[:, -t:]}, owner,
+            **({"logits_to_keep": 1} if "logits_to_keep" in takes else {}))
+        return torch.cat([before[name][owner, -1:], after[name][:, :-1]], dim=1)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in takes}
+    keep = {"logits_to_keep": t + 1} if "logits_to_keep" in takes else {}  # of the prompt, only the last are needed
+    return model(**inputs, **keep, use_cache=False)[name][:, -t - 1:-1]
 
 
 def response_logprobs(model, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
@@ -191,10 +201,9 @@ def response_logprobs(model, batch: dict[str, torch.Tensor], temperature: float 
     reference alike: PPO's ratio is one of probabilities UNDER THE SAMPLER. (This is also why rollouts use neither
     top-p nor a repetition penalty: a truncated sampler gives tokens probability 0 that the update may then need.)
     """
-    t = batch["mask"].shape[1]
-    logits = model(**inputs_of(model, batch, keep=t + 1), use_cache=False).logits[:, -t - 1:-1].float() / temperature
-    targets = batch["input_ids"][:, -t:]
-    logprobs = logits.gather(2, targets[..., None])[..., 0] - logits.logsumexp(dim=2)
+    logits = states_of(model, batch, "logits").float() / temperature
+    targets = batch["input_ids"][:, -logits.shape[1]:]
+    logprobs = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     return torch.where(batch["mask"].bool(), logprobs, 0.0)
 
 
@@ -289,9 +298,7 @@ class Critic(torch.nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Values (b, t), each read one token BEFORE the response token it is the state of, as the logits are."""
-        t = batch["mask"].shape[1]
-        hidden = self.trunk(**inputs_of(self.trunk, batch), use_cache=False).last_hidden_state
-        return self.head(hidden[:, -t - 1:-1]).float()[..., 0]
+        return self.head(states_of(self.trunk, batch, "last_hidden_state")).float()[..., 0]
 
 
 @dataclass
@@ -394,7 +401,8 @@ def ppo(cfg: PPOConfig, work) -> None:
             stats = []
             policy.train(cfg.gradient_checkpointing), critic.train(cfg.gradient_checkpointing)
             for _ in range(cfg.ppo_epochs):
-                for rows in torch.randperm(len(index)).split(cfg.minibatch_size):
+                by_prompt = torch.arange(len(index)).view(per_step, -1)[torch.randperm(per_step)]  # read once if together
+                for rows in by_prompt.flatten().split(cfg.minibatch_size):
                     tokens = mask[rows.to(device)].sum()
                     for part in rows.split(cfg.micro_batch_size):
                         part = part.to(device)

@@ -103,24 +103,33 @@ def rewards_of(forward: Callable, model, tokenizer, groups: list[Group]) -> torc
     1.6 times fewer for a pair, 2.4 for k = 5). Gradients flow through the cache; the rewards are the same.
     """
     device = next(model.parameters()).device
-    takes = inspect.signature(model.forward).parameters
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    empty = any(not group[0][0] for group in groups)  # no prompt: nothing to share
-    if model.config.model_type not in SHARE_PROMPTS or checkpointing or empty:  # (checkpointing would drop the cache)
+    if not shares_prompts(model) or any(not group[0][0] for group in groups):  # (no prompt: nothing to share)
         return forward(**collate(tokenizer, [row for group in groups for row in group], device)).logits[:, 0]
-    # Prompts are padded on the left, so that every response starts in one column, right behind its prompt; with pads
-    # in front, the positions must be told.
+    # Prompts are padded on the left, so that every response starts in one column, right behind its prompt.
     prompts = pad([group[0][0] for group in groups], tokenizer.pad_token_id, device, left=True)
     responses = pad([response_ids for group in groups for _, response_ids in group], tokenizer.pad_token_id, device)
     owner = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
+    return read_prompts_once(forward, model, prompts, responses, owner)[1].logits[:, 0]
+
+
+def shares_prompts(model) -> bool:
+    """Whether `read_prompts_once` will do (gradient checkpointing would drop the cache)."""
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return model.config.model_type in SHARE_PROMPTS and not checkpointing
+
+
+def read_prompts_once(forward: Callable, model, prompts: dict, responses: dict, owner: torch.Tensor, **prompt_kwargs):
+    """(output on the prompts, output on the responses): input_ids and attention_mask (m, p), padded on the left, and
+    (n, t), on the right; response i answers the prompt owner[i]. With pads in front, the positions must be told."""
     position = (prompts["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-    out = forward(**prompts, position_ids=position, use_cache=True)
-    cache = out["cache" if "cache" in out else "past_key_values"]  # its name before transformers 5.2x
+    before = forward(**prompts, position_ids=position, use_cache=True, **prompt_kwargs)
+    cache = before["cache" if "cache" in before else "past_key_values"]  # its name before transformers 5.2x
     cache.batch_select_indices(owner)  # one copy of its prompt's cache for each response
     mask = torch.cat([prompts["attention_mask"][owner], responses["attention_mask"]], dim=1)
-    position = mask.cumsum(dim=1)[:, position.shape[1]:] - 1
-    return forward(input_ids=responses["input_ids"], attention_mask=mask, position_ids=position, use_cache=True,
-                   **{"cache" if "cache" in takes else "past_key_values": cache}).logits[:, 0]
+    position = (mask.cumsum(dim=1) - 1)[:, position.shape[1]:]
+    takes = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return before, forward(input_ids=responses["input_ids"], attention_mask=mask, position_ids=position, use_cache=True,
+                           **{takes: cache})
 
 
 # ------------------------------------------------------------------------------------------------ loading a model

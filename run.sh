@@ -6,6 +6,7 @@
 #   bash run.sh hh-smoke the same with a few steps a stage: does my model, my data, my GPU's memory do?
 #   bash run.sh smoke    the toy loop, shortened to about a minute, in a temporary folder
 #   bash run.sh test     the tests
+#   bash run.sh bench    how fast, beside TRL and torchopt (HH-RLHF from the hub, or --data FILE): docs/bench/README.md
 #   bash run.sh killtest smoke, killed at 20 random moments (KILLS=20): does it end as if it had not been? (Linux)
 #
 # Options behind the preset: --seed 3  --run FOLDER (where to write)
@@ -27,17 +28,26 @@ shift || true
 
 # ---------------------------------------------------------------------------------------------------- set-up
 # .venv is made once; the list it was made from is kept in it, so that a changed or half-done install is mended.
+# (The bench has one of its own: what it compares with is nothing that this project needs.)
+venv=.venv
+[ "$preset" != bench ] || venv=.venv-bench
 install() {
-  [ -x .venv/bin/python ] || python3 -m venv .venv
-  cmp -s "$1" ".venv/$2" || { .venv/bin/python -m pip install -q -r "$1" && cp "$1" ".venv/$2"; }
+  [ -x $venv/bin/python ] || python3 -m venv $venv
+  cmp -s "$1" "$venv/$2" || { $venv/bin/python -m pip install -q -r "$1" && cp "$1" "$venv/$2"; }
 }
 if [ -z "${PYTHON:-}" ]; then
-  install requirements.txt installed.txt
+  case $preset in
+    bench) install docs/bench/requirements.txt installed.txt ;;
+    *) install requirements.txt installed.txt ;;
+  esac
   [ "$preset" != test ] || install tests/requirements.txt installed-tests.txt
-  PYTHON=.venv/bin/python
+  PYTHON=$venv/bin/python
 fi
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-[ "$preset" != test ] || exec "$PYTHON" -m pytest -q tests "$@"
+case $preset in
+  test) exec "$PYTHON" -m pytest -q tests "$@" ;;
+  bench) exec "$PYTHON" docs/bench/bench.py "$@" ;;
+esac
 
 seed=0 run=runs/$preset model=HuggingFaceTB/SmolLM2-135M data=Anthropic/hh-rlhf/harmless-base/train.jsonl.gz ood=""
 scratch="" controls=""
@@ -104,8 +114,8 @@ case $preset in
     dpo_flags=(--lr 1e-4 --batch_size 16)
     sample_flags=(--max_new_tokens 48 --batch_size 512)
     meta_sample_flags=(--temperature 1.1)
-    ppo_flags=(--steps 25 --batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48
-               --lr 3e-4 --critic_lr 1e-3 --kl_coef 0.03)
+    ppo_flags=(--steps 15 --batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48
+               --lr 2e-4 --critic_lr 1e-3 --kl_coef 0.005)
     eval_flags=()
     if [ "$preset" = smoke ]; then # every stage, no result worth reading
       rounds=1 k=3 world=(--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 16 --ood_ppo 16)
@@ -136,7 +146,7 @@ case $preset in
       eval_flags+=(--max_new_tokens 16)
     fi ;;
   *)
-    echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test, killtest" >&2; exit 2 ;;
+    echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test, bench, killtest" >&2; exit 2 ;;
 esac
 
 # Two threads up to RM 0, then two arms side by side with one thread each: small models gain little from the second

@@ -270,3 +270,26 @@ def test_mistakes_get_one_line(little_world, capsys, tmp_path):
         assert ppo.main(argv) != 0
         err = capsys.readouterr().err
         assert word in err and "Traceback" not in err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollouts_that_share_a_prompt_read_as_those_that_do_not(tmp_path, architecture, monkeypatch):
+    """Log-probabilities, values and their gradients; three prompts of unequal length, in any order of rows."""
+    policy, tokenizer = ppo.load_policy(make_policy(tmp_path / "m", architecture))
+    critic = ppo.Critic(tmp_path / "m")
+    torch.nn.init.normal_(critic.head.weight)
+    prompts, responses = ["my phone", "where is the parcel of my boss", "a"], [" Sorry", "", " we refund it today", " a b"]
+    rows = [rm.encode(tokenizer, prompt, response) for response in responses for prompt in prompts]
+    batch, results = ppo.collate(tokenizer, rows), []
+    for share in (set(), rm.SHARE_PROMPTS):
+        monkeypatch.setattr(rm, "SHARE_PROMPTS", share)
+        assert rm.shares_prompts(policy) == rm.shares_prompts(critic.trunk) == bool(share)
+        logprobs, values = ppo.response_logprobs(policy, batch), critic(batch)
+        results.append([logprobs.detach(), (values * batch["mask"]).detach()])
+        for model, out in ((policy, logprobs), (critic, values * batch["mask"])):
+            model.zero_grad()
+            (out * torch.arange(out.numel()).view(out.shape) / 50).sum().backward()
+            results[-1] += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    for plain, shared in zip(*results):
+        torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-4 * max(1, plain.abs().max().item()))
+    assert results[0][0].abs().max() > 1 and len(results[0]) == len(results[1]) > 10
