@@ -700,7 +700,7 @@ class Config:
     out: str = field(metadata={"help": "folder to write"})
     seed: int = field(default=0, metadata={"help": "of everything that is drawn"})
     sft: int = field(default=8000, metadata={"help": "toy: rows of SFT text"})
-    pairs: int = field(default=3000, metadata={"help": "toy: prompts for D"})
+    pairs: int = field(default=6000, metadata={"help": "toy: prompts for D"})
     meta: int = field(default=256, metadata={"help": "toy: prompts for S, and as many OOD ones"})
     ppo: int = field(default=1024, metadata={"help": "toy: prompts for PPO"})
     valid: int = field(default=128, metadata={"help": "toy: prompts for validation"})

@@ -115,7 +115,7 @@ case $preset in
     sample_flags=(--max_new_tokens 48 --batch_size 512)
     meta_sample_flags=(--temperature 1.1)
     ppo_flags=(--steps 15 --batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48
-               --lr 2e-4 --critic_lr 1e-3 --kl_coef 0.005)
+               --lr 2e-4 --critic_lr 1e-3 --kl_coef 0.003)
     eval_flags=()
     if [ "$preset" = smoke ]; then # every stage, no result worth reading
       rounds=1 k=3 world=(--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 16 --ood_ppo 16)
