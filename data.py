@@ -545,7 +545,7 @@ def command(name: str, config_class, body, argv: list[str] | None, doc: str,
             raise ValueError(f"unknown option: {' '.join(unknown)} (--help tells all of them)")
         if modes:
             config.mode = rest[0].mode
-        check_options(config)
+        check_options(config, modes)
         body(config)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -567,10 +567,15 @@ def command(name: str, config_class, body, argv: list[str] | None, doc: str,
 ABOVE_0, UP_TO = ("temperature", "top_p", "repetition_penalty", "max_grad_norm"), {"top_p": 1, "gamma": 1, "lam": 1}
 
 
-def check_options(config) -> None:
-    """Raises ValueError for a number out of its bounds: these follow from its type, but for a few names."""
+def check_options(config, modes: tuple[str, ...] = ()) -> None:
+    """Raises ValueError for a number out of its bounds: these follow from its type, but for a few names. And for an
+    option of other modes: its help names those that take it, as in "label, split: share ..."; without, all do."""
     for option in dataclasses.fields(config):
         name, value = option.name, getattr(config, option.name)
+        heads = [set(part.partition(":")[0].split(", ")) for part in option.metadata["help"].split("; ")]
+        takers = set().union(*(head for head in heads if head <= set(modes)))
+        if takers and config.mode not in takers and value != option.default:
+            raise ValueError(f"{config.mode} takes no --{name}; it is an option of {', '.join(sorted(takers))}: leave it out")
         if value == "" and option.default is dataclasses.MISSING:           # as from an unset $VARIABLE
             raise ValueError(f"--{name} is empty: give a name")
         if not isinstance(value, (int, float)):
@@ -585,7 +590,8 @@ def check_options(config) -> None:
 
 
 @contextlib.contextmanager
-def stage(command: str, config, inputs: list[str], ignore: tuple[str, ...] = ("out", "checkpoint_minutes")):
+def stage(command: str, config, inputs: list[str], ignore: tuple[str, ...] = ("out", "checkpoint_minutes"),
+          also: tuple[str, ...] = ()):
     """One stage of a run: its output folder, config.out, appears whole or not at all.
 
         with data.stage("rm.py", config, inputs=["model", "data"]) as work:
@@ -594,22 +600,34 @@ def stage(command: str, config, inputs: list[str], ignore: tuple[str, ...] = ("o
             ...                         # write everything into the folder `work`
 
     `inputs` names the fields of config that are paths to read. What they hold counts, not where they lie: a
-    moved run is recognised, a changed input is noticed. `ignore` names fields that do not shape the result.
+    moved run is recognised, a changed input is noticed. `ignore` names fields that do not shape the result, `also`
+    those of folders that are written after this one: what is wrong with them is told now, not after the work.
     `work` still holds what a killed run of the same options and inputs left in it. Raises ValueError if out
     was made with other options or inputs, was not made by a stage, or is being written by another process."""
     out = Path(os.path.abspath(config.out))
     work = out.with_name(out.name + ".partial")
+    folders = {key: value for key in ("out", *also) if (value := getattr(config, key))}
+    for key in inputs:
+        value = getattr(config, key) or ""
+        if value.endswith((".jsonl", ".gz")) and not os.path.exists(value):
+            raise ValueError(f"{value}: no such file")
+        for name, folder in folders.items():            # there, it would change what other stages were made from
+            if value and Path(os.path.abspath(value)) in Path(os.path.abspath(folder)).parents:
+                raise ValueError(f"--{name} {folder} lies in --{key} {value}: choose a place outside it")
     options = {key: value for key, value in dataclasses.asdict(config).items()
                if key not in (*inputs, *ignore, "mode")}
-    for key in inputs:                                  # there, it would change what other stages were made from
-        if (value := getattr(config, key)) and Path(os.path.abspath(value)) in out.parents:
-            raise ValueError(f"--out {config.out} lies in --{key} {value}: choose a place outside it")
-    made_by = json.loads(json.dumps({
-        "command": command, "mode": getattr(config, "mode", None), "options": options,
-        "inputs": {key: fingerprint(getattr(config, key)) for key in inputs}}))
-    with locked(f"{out}.lock"):
-        if out.is_file() or out.is_dir() and any(out.iterdir()):              # an empty folder is free to use
-            refuse_unless_same(out, made_by, config)
+    made_by = json.loads(json.dumps({"command": command, "mode": getattr(config, "mode", None), "options": options}))
+    with contextlib.ExitStack() as locks:
+        for folder in folders.values():
+            locks.enter_context(locked(f"{os.path.abspath(folder)}.lock"))
+        taken = [folder for folder in folders.values()                        # an empty folder is free to use
+                 if os.path.isfile(folder) or os.path.isdir(folder) and os.listdir(folder)]
+        for folder in taken:
+            refuse_unless_same(folder, made_by, config)
+        made_by["inputs"] = {key: fingerprint(getattr(config, key)) for key in inputs}  # last: a second a GB
+        for folder in taken:
+            refuse_unless_same(folder, made_by, config)
+        if config.out in taken:
             print(f"{command}: {config.out} is finished, with the same options and inputs: skipped")
             yield None
             return
@@ -647,20 +665,20 @@ def fingerprint(path: str | None) -> str | None:
     return f"sha256:{digest.hexdigest()}"
 
 
-def refuse_unless_same(out: Path, made_by: dict, config) -> None:
-    """Raises ValueError, with the first difference, unless the folder was made just as this one would be."""
-    before, mend = read_json(out / "stage.json"), "choose another --out, or delete it"
-    if not isinstance(before, dict) or before.keys() != made_by.keys():
-        raise ValueError(f"{config.out} is there already and no stage made it, so it was not touched: {mend}")
+def refuse_unless_same(folder: str, made_by: dict, config) -> None:
+    """Raises ValueError, with the first difference, unless the folder was made just as `made_by` tells."""
+    before, mend = read_json(Path(folder) / "stage.json"), "choose another folder, or delete it"
+    if not isinstance(before, dict) or before.keys() != {"command", "mode", "options", "inputs"}:
+        raise ValueError(f"{folder} is there already and no stage made it, so it was not touched: {mend}")
     if (before["command"], before["mode"]) != (made_by["command"], made_by["mode"]):
-        raise ValueError(f"{config.out} was made by {before['command']} {before['mode'] or ''}: {mend}")
+        raise ValueError(f"{folder} was made by {before['command']} {before['mode'] or ''}: {mend}")
     old, new = before["options"], made_by["options"]
     for key in old | new:
         if key not in old or key not in new or old[key] != new[key]:
-            raise ValueError(f"{config.out} was made with --{key} {old.get(key)}, not {new.get(key)}: {mend}")
-    for key, value in made_by["inputs"].items():
+            raise ValueError(f"{folder} was made with --{key} {old.get(key)}, not {new.get(key)}: {mend}")
+    for key, value in made_by.get("inputs", {}).items():
         if before["inputs"].get(key) != value:
-            raise ValueError(f"{config.out} was made from something else than --{key} {getattr(config, key)} "
+            raise ValueError(f"{folder} was made from something else than --{key} {getattr(config, key)} "
                              f"holds now: {mend}")
 
 
@@ -680,7 +698,7 @@ def locked(path: str):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
     except OSError as error:
-        raise ValueError(f"{path.removesuffix('.lock')} cannot be written ({error.strerror}): choose another --out") from None
+        raise ValueError(f"{path.removesuffix('.lock')} cannot be written ({error.strerror}): choose another folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -688,7 +706,7 @@ def locked(path: str):
         except (BlockingIOError, FileNotFoundError):
             same = False
         if not same:                # or its last holder deleted it between our open and our lock
-            raise ValueError(f"another process is writing this --out (it holds {path}): let it finish")
+            raise ValueError(f"another process is writing {path.removesuffix('.lock')} (it holds {path}): let it finish")
         try:
             yield
         finally:
@@ -704,7 +722,7 @@ class Config:
     meta: int = field(default=256, metadata={"help": "toy: prompts for S, and as many OOD ones"})
     ppo: int = field(default=1024, metadata={"help": "toy: prompts for PPO"})
     valid: int = field(default=128, metadata={"help": "toy: prompts for validation"})
-    test: int = field(default=128, metadata={"help": "toy: prompts for the test, and as many OOD ones"})
+    test: int = field(default=128, metadata={"help": "toy, split: prompts for the test, and as many OOD ones"})
     ood_ppo: int = field(default=256, metadata={"help": "toy: OOD prompts for PPO"})
     hidden_size: int = field(default=64, metadata={"help": "toy: width of the tiny model"})
     layers: int = field(default=2, metadata={"help": "toy: layers of the tiny model"})
@@ -804,7 +822,7 @@ def from_hub(path: str | None) -> str | None:
         return hf_hub_download(f"{owner}/{name}", filename, repo_type="dataset")
     except Exception as error:                          # a dozen types; to the user they all mean: not from the hub
         raise ValueError(f"{path}: neither a file here nor to be had from the hub ({type(error).__name__}); give a local "
-                         f"file, e.g. --source /path/to/harmless-base/train.jsonl.gz") from error
+                         f"file, e.g. --source /path/to/harmless-base/train.jsonl.gz (run.sh: --data)") from error
 
 
 NEEDS = {"toy": [], "label": ["samples"], "split": ["source"]}

@@ -382,10 +382,12 @@ def train(cfg: MetaRMConfig) -> None:
     _check(cfg.eta, cfg.order)
     if cfg.gradient_checkpointing and cfg.order == "exact":
         raise ValueError("--gradient_checkpointing goes with --order first only: the exact gradient needs J's graph whole")
-    if cfg.save_adapted and os.path.abspath(cfg.save_adapted) == os.path.abspath(cfg.out):
-        raise ValueError(f"--save_adapted and --out are both {cfg.out}: theta' needs another folder than theta")
+    out, adapted = map(os.path.abspath, (cfg.out, cfg.save_adapted))
+    if cfg.save_adapted and os.path.commonpath([out, adapted]) in (out, adapted):
+        raise ValueError(f"--save_adapted {cfg.save_adapted} and --out {cfg.out}: theta' needs another folder than theta, "
+                         f"outside it")
     stage = partial(data.stage, "metarm.py", inputs=["model", "data", "eval_data", "meta"],
-                    ignore=("out", "save_adapted", "checkpoint_minutes"))
+                    ignore=("out", "save_adapted", "checkpoint_minutes"), also=("save_adapted",))
     device = rm.pick_device()
 
     def load(path, seed=None):
@@ -457,7 +459,7 @@ def train(cfg: MetaRMConfig) -> None:
             data.write_jsonl(work / "log.jsonl", log + [final])
 
     if cfg.save_adapted:  # one climb from the trained theta, on one seeded batch of up to 64 prompts of S
-        with stage(replace(cfg, out=cfg.save_adapted)) as work:
+        with stage(replace(cfg, out=cfg.save_adapted, save_adapted="")) as work:
             if work is not None:
                 model, tokenizer, samples = load(cfg.out)
                 some = next(cycle(len(samples), min(64, len(samples)), cfg.seed))

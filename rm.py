@@ -202,7 +202,8 @@ def load_pretrained(auto_class, path: str, **kwargs):
                                                  output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except Exception as error:  # a dozen types, from OSError to SafetensorError: all mean the same to the user
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{path}: its {what} cannot be loaded ({first[:300].strip()}); give a whole `save_pretrained` folder: "
+        what = f"its {what}" if Path(path).is_dir() else f"no such folder here, and on the hub its {what}"
+        raise ValueError(f"{path}: {what} cannot be loaded ({first[:300].strip()}); give a whole `save_pretrained` folder: "
                          f"config.json, safetensors and tokenizer, of an architecture that transformers knows") from error
     if odd := sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]):  # (5.x: with shapes)
         raise ValueError(f"{path}: the weight {odd[0]} has not the shape {tuple(model.state_dict()[odd[0]].shape)} that a "
@@ -303,7 +304,7 @@ def keep_short(model, groups: list[tuple], source: str, max_length: int, items: 
         check_ids(model, [id for row in group for ids in row for id in ids], f"{source}, row {i + 1}")
         if length > limit and not 0 < max_length <= limit:
             raise ValueError(f"{source}, row {i + 1}: {length} tokens, but the model has only {limit} positions; shorten "
-                             f"the row, or drop all such rows with --max_length {limit}")
+                             f"or drop the row (rm.py, metarm.py and ppo.py do it with --max_length {limit})")
     kept = [item for item, length in zip(items or groups, lengths) if not max_length or length <= max_length]
     if groups and not kept:
         raise ValueError(f"{source}: no row fits into --max_length {max_length}; raise it")
@@ -385,7 +386,8 @@ def checkpoint_gradients(model) -> None:
         for name in ("p", "dropout", "attention_dropout", "attn_dropout", "dropout_prob", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # (before 5.2x)
+    enable({"use_reentrant": False})
     model.train()
 
 

@@ -377,7 +377,7 @@ def test_stage_appears_whole_and_is_skipped_after(config, capsys):
 
 def test_stage_notices_changed_options_and_inputs(config, tmp_path):
     finish(config)
-    with pytest.raises(ValueError, match="made with --eta 0.1, not 0.2: choose another --out, or delete it"):
+    with pytest.raises(ValueError, match="made with --eta 0.1, not 0.2: choose another folder, or delete it"):
         finish(dataclasses.replace(config, eta=0.2))
     with pytest.raises(ValueError, match="than --rows None"):
         finish(dataclasses.replace(config, rows=None))
@@ -451,7 +451,7 @@ def test_kill_leaves_nothing_half_written(config):
 
 def test_two_processes_in_one_out(config):
     with stage(config) as work:
-        with pytest.raises(ValueError, match="another process is writing this --out"):
+        with pytest.raises(ValueError, match="another process is writing"):
             finish(config)
         assert (work / "stage.json").exists()
     assert not finish(config)

@@ -63,10 +63,16 @@ MISTAKES = [
     ("metarm.py", "--order second", "second", "'exact'"),
     ("metarm.py", "--order exact --gradient_checkpointing", "--gradient_checkpointing", "--order first"),
     ("metarm.py", "--save_adapted x", "--save_adapted", "another folder"),
+    ("metarm.py", "--save_adapted x/y", "--save_adapted x/y and --out x", "outside it"),
+    ("metarm.py", "--save_adapted y --out y/rm", "--save_adapted y and --out y/rm", "outside it"),
     ("ppo.py!", "simple --model policy --out x", "'simple'", "'sample'"),
     ("ppo.py!", "--model policy --out x", "mode", "required"),
     ("ppo.py!", "ppo --model policy --prompts prompts.jsonl --out x", "ppo needs", "--reward_model"),
     ("ppo.py sample", "--k 0", "--k", "at least 1"),
+    ("ppo.py sample", "--kl_coef 0.1", "sample takes no --kl_coef; it is an option of ppo", "leave it out"),
+    ("ppo.py sample", "--gradient_checkpointing", "--gradient_checkpointing; it is an option of dpo, ppo, sft", "leave it out"),
+    ("ppo.py sft", "--top_p 0.9", "sft takes no --top_p; it is an option of sample", "leave it out"),
+    ("ppo.py dpo", "--prompts prompts.jsonl", "dpo takes no --prompts; it is an option of ppo, sample", "leave it out"),
     ("ppo.py sample", "--temperature 0", "--temperature", "above 0"),
     ("ppo.py sample", "--temperature 1e-45", "temperature", "too low"),
     ("ppo.py sample", "--top_p 1.5", "--top_p", "at most 1"),
@@ -74,6 +80,7 @@ MISTAKES = [
     ("data.py!", "label --out x", "label needs", "--samples"),
     ("data.py toy", "--hidden_size 20", "--hidden_size 20", "multiple of 8"),
     ("data.py toy", "--pairs 100000", "54432 prompts", "fewer"),
+    ("data.py toy", "--valid_share 0.2", "toy takes no --valid_share; it is an option of label, split", "leave it out"),
     ("data.py label", "--noise -1", "--noise", "at least 0"),
     ("data.py label", "--valid_share 1", "--valid_share", "[0, 1)"),
     ("eval.py", "", "no flag", "--run"),
@@ -83,7 +90,8 @@ MISTAKES = [
 
     # --- the model
     ("rm.py", "--model polcy", "polcy: no such model folder", "`save_pretrained` folder is needed"),
-    ("rm.py", "--model runs/polcy", "runs/polcy: its tokenizer cannot be loaded", "give a whole"),  # a name on the hub?
+    ("rm.py", "--model runs/polcy", "runs/polcy: no such folder here, and on the hub its tokenizer", "give a whole"),
+    ("ppo.py ppo", "--reward_model some/model", "some/model: no such folder here, and on the hub", "give a whole"),
     ("rm.py", "--model pairs.jsonl", "pairs.jsonl", "folder is needed"),
     ("rm.py", "--model notes", "notes", "config.json"),
     ("rm.py", "--model cut", "deserializing", "whole"),
@@ -108,7 +116,7 @@ MISTAKES = [
     ("ppo.py dpo", "--ref_policy other-tokenizer", "other-tokenizer has another vocabulary", "that --model was trained from"),
     ("ppo.py ppo", "--prompts long.jsonl", "row 1: 401 prompt tokens", "shorten the prompt"),
     ("ppo.py sample", "--max_new_tokens 500", "128 positions", "lower --max_new_tokens"),
-    ("rm.py", "--data long.jsonl", "128 positions", "--max_length 128"),
+    ("rm.py", "--data long.jsonl", "128 positions", "shorten or drop the row (rm.py, metarm.py and ppo.py do it with --max_"),
     ("rm.py", "--eval_data long.jsonl", "long.jsonl, row 1", "--max_length 128"),
     ("metarm.py", "--meta long.jsonl", "long.jsonl, row 1", "--max_length 128"),
 
@@ -159,15 +167,23 @@ MISTAKES = [
     ("ppo.py ppo", "--critic_lr 1e30", "NaN at PPO step 0", "--critic_lr"),
 
     # --- the output folder
-    ("rm.py", "--out notes", "no stage made it, so it was not touched", "another --out"),
-    ("rm.py", "--out pairs.jsonl", "pairs.jsonl is there already", "another --out"),
-    ("rm.py", "--out rows.csv/x", "rows.csv/x cannot be written", "another --out"),  # as root, even a read-only folder can be
+    ("rm.py", "--out notes", "no stage made it, so it was not touched", "another folder"),
+    ("rm.py", "--out pairs.jsonl", "pairs.jsonl is there already", "another folder"),
+    ("rm.py", "--out rows.csv/x", "rows.csv/x cannot be written", "another folder"),  # as root, even a read-only folder can be
     ("rm.py", "--out policy/rm", "lies in --model policy", "outside it"),
-    ("rm.py", "--out busy", "another process is writing this --out", "let it finish"),
-    ("rm.py", "--out done --lr 1e-2", "done was made with --lr 0.001, not 0.01", "another --out, or delete it"),
-    ("rm.py", "--out done --data other.jsonl", "something else than --data other.jsonl", "another --out, or delete it"),
-    ("rm.py", "--out done --model gpt2", "something else than --model gpt2", "another --out, or delete it"),
-    ("ppo.py sft", "--out done", "done was made by rm.py", "another --out, or delete it"),
+    ("rm.py", "--out busy", "another process is writing", "let it finish"),
+    ("rm.py", "--out done --lr 1e-2", "done was made with --lr 0.001, not 0.01", "another folder, or delete it"),
+    ("rm.py", "--out done --data other.jsonl", "something else than --data other.jsonl", "another folder, or delete it"),
+    ("rm.py", "--out done --model gpt2", "something else than --model gpt2", "another folder, or delete it"),
+    ("ppo.py sft", "--out done", "done was made by rm.py", "another folder, or delete it"),
+    # the second folder of metarm.py: before the training, not after it (test_before_the_work)
+    ("metarm.py", "--save_adapted notes", "notes is there already and no stage made it", "another folder"),
+    ("metarm.py", "--save_adapted pairs.jsonl", "pairs.jsonl is there already", "another folder"),
+    ("metarm.py", "--save_adapted policy", "policy is there already and no stage made it", "another folder"),  # = --model
+    ("metarm.py", "--save_adapted policy/adapted", "--save_adapted policy/adapted lies in --model policy", "outside it"),
+    ("metarm.py", "--save_adapted done", "done was made by rm.py", "another folder"),
+    ("metarm.py", "--save_adapted rows.csv/x", "rows.csv/x cannot be written", "another folder"),
+    ("metarm.py", "--save_adapted busy", "another process is writing", "let it finish"),
 ]
 # Looks like a mistake, but works: (command, what is added, what is said about it)
 WORKS = [
@@ -294,6 +310,18 @@ def test_mistake(world, monkeypatch, capfd, command, added, wrong, mend):
     assert MODULES[module].main(argv) == 2
     check_told(module, capfd.readouterr().err, wrong, mend)
     assert everything(world) == before
+
+
+CHEAP = [m for m in MISTAKES if "--save_adapted" in m[1] or m[0] == "rm.py" and m[1] in (
+    "--data pears.jsonl", "--out notes", "--out policy/rm", "--out rows.csv/x", "--out busy", "--out done --lr 1e-2")]
+
+
+@pytest.mark.parametrize("command, added, wrong, mend", CHEAP, ids=[f"{m[0]} {m[1]}" for m in CHEAP])
+def test_before_the_work(world, monkeypatch, capfd, command, added, wrong, mend):
+    """What can be told at once is told before gigabytes of --model are read or hashed, let alone trained."""
+    for name in ("data.fingerprint", "rm.load_pretrained"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("this takes long"))
+    test_mistake(world, monkeypatch, capfd, command, added, wrong, mend)
 
 
 @pytest.mark.parametrize("added", FROM_THE_SHELL)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(world, name, monkeypatch):
     assert not (world / f"{name}-cut/checkpoint.pt").exists() and not (world / f"{name}-cut.partial").exists()
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # transformers 5.24 renames how it is switched on
 @pytest.mark.parametrize("name", ["rm", "sft", "metarm"])
 def test_gradient_checkpointing_changes_memory_not_results(world, name):
     """metarm goes another way with it (lookahead in place): same first-order step."""
@@ -90,6 +92,7 @@ def test_sigkill_leaves_nothing_half_written_and_the_same_command_goes_on(world)
     partial = world / "killed.partial/checkpoint.pt"
     while not partial.exists():
         assert process.poll() is None
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (world / "killed").exists()
