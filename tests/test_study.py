@@ -112,7 +112,11 @@ def test_arms_and_their_knobs():
     assert study.knobs_of("metarm-first", settings)["eta"] == 0.3 == study.knobs_of("random", settings)["eta"]
     assert study.knobs_of("metarm-first@eta=1", settings)["eta"] == 1.0 and study.knobs_of("metarm-exact", settings)["eta"] == 0.1
     assert study.knobs_of("reseeded", settings)["lr"] == 6e-4 and study.knobs_of("ocrm", settings)["tau"] == 0.01
-    assert study.knobs_of("ppo", settings)["kl_coef"] == 0.005
+    flags = study.toy_flags()  # read out of run.sh
+    assert flags.keys() == {"world", "sft", "rm", "meta", "dpo", "sample", "meta_sample", "ppo", "eval"}
+    assert study.value_of(flags["ppo"], "steps") > 0 and study.value_of(["--lr", "1", "--lr", "2"], "lr") == 2
+    assert "lr" not in study.knobs_of("ocrm", settings) and "kl_coef" not in study.knobs_of("ppo", settings)     # run.sh's
+    assert study.value_of(flags["ppo"], "kl_coef") < min(study.ARMS["ppo-tuned"][2])
     for wrong in ("metarm", "metarm-first@eta", "metarm-first@eta=x", "metarm-first@etta=1"):
         with pytest.raises(ValueError, match="--arms"):
             study.split_arm(wrong)

@@ -35,10 +35,11 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # One thread a process, one process a core; and glibc keeps its memory (as in run.sh). Read when a process starts.
@@ -67,7 +68,7 @@ ETAS = (0.03, 0.1, 0.3)  # the climb's length, normalised: a third, one and thre
 ARMS = {
     "dpo":          ("none", "beta", (0.03, 0.1, 0.3), 0.1),
     "ppo":          ("rm0", "", (), None),
-    "ppo-tuned":    ("rm0", "kl_coef", (0.01, 0.02, 0.05), 0.02),
+    "ppo-tuned":    ("rm0", "kl_coef", (0.01, 0.03, 0.1), 0.03),
     "reseeded":     ("plain", "lr", (1.5e-4, 3e-4, 6e-4), 3e-4),
     "random":       ("random", "", (), None),
     "metarm-first": ("first", "eta", ETAS, 0.1),
@@ -90,20 +91,21 @@ BOUNDARY = {"as it is": "", "η = 0.01": "eta=0.01", "η = 1": "eta=1", "S stale
             "labels clean": "noise=0", "labels noisier": "noise=3"}
 ONLY_METARM = ("eta", "stale")  # the control knows nothing of these: it is the one under "as it is"
 
-# run.sh's toy preset
-FLAGS = {
-    "world": [],
-    "sft": "--lr 5e-3 --batch_size 32 --epochs 4".split(),
-    "rm": "--batch_size 16".split(),
-    "dpo": "--lr 1e-4 --batch_size 16".split(),
-    "sample": "--max_new_tokens 48 --batch_size 512".split(),
-    "ppo": ("--batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48 --lr 2e-4 "
-            "--critic_lr 1e-3").split(),
-}
+
+def toy_flags() -> dict[str, list[str]]:
+    """The flags of run.sh's toy preset, read there, so that the study is of the very loop that everybody runs."""
+    preset = (HERE.parents[1] / "run.sh").read_text(encoding="utf-8").partition("  toy | smoke)")[2].partition("[ ")[0]
+    flags = {name: text.split() for name, text in re.findall(r"(\w+)_flags=\(([^)]*)\)", preset)}
+    return {"world": [], **flags, "rm": [*flags["rm"], "--log_every", "85"]}  # four or five looks at the held-out pairs: each costs a second
+
+
+def value_of(flags: list, name: str) -> float:
+    return float(flags[len(flags) - 1 - flags[::-1].index(f"--{name}") + 1])  # the last one counts
+
+
 SMALL = {  # --small: every stage, no result worth reading
     "world": ("--sft 320 --pairs 160 --meta 32 --ppo 64 --valid 8 --test 12 --ood_ppo 48 --hidden_size 32").split(),
-    "sft": "--epochs 1".split(), "rm": [], "dpo": [], "sample": [],
-    "ppo": "--batch_size 16 --minibatch_size 8 --scale_prompts 16".split(),
+    "sft": "--epochs 1".split(), "ppo": "--steps 3 --batch_size 16 --minibatch_size 8 --scale_prompts 16".split(),
 }
 
 
@@ -128,7 +130,7 @@ def knobs_of(arm: str, settings: dict) -> dict[str, float]:
     default = {knob: value for _, knob, _, value in [ARMS.get(base, ("", "", (), None))] if knob}
     if base == "random":
         default = {"eta": ARMS["metarm-first"][3]} | chosen.get("metarm-first", {})
-    return {"kl_coef": 0.005, "lr": 3e-4, "tau": 0.01, "noise": 1.0} | default | chosen.get(base, {}) | overrides
+    return {"tau": 0.01, "noise": 1.0} | default | chosen.get(base, {}) | overrides
 
 
 # -------------------------------------------------------------------------------------------- one cell: an RM and its PPO
@@ -168,11 +170,11 @@ def preferences(home: Path, knobs: dict, seed: int) -> Path:
 def on_D(home: Path, knobs: dict, seed: int, flags: dict) -> list:
     D = preferences(home, knobs, seed)
     return ["--model", home / "sft", "--data", D / "train.jsonl", "--eval_data", D / "valid.jsonl", *flags["rm"],
-            "--lr", knobs["lr"]]
+            *flag(knobs, "lr")]
 
 
 def rm0(home: Path, knobs: dict, seed: int, flags: dict) -> Path:
-    knobs = {**knobs, "lr": 3e-4}
+    knobs = {name: value for name, value in knobs.items() if name != "lr"}
     out = home / f"rm0-{knobs['noise']:g}-{int(knobs.get('pairs', 0)) or 'all'}"
     call(rm.main, *on_D(home, knobs, seed, flags), "--seed", seed, "--out", out)
     return out
@@ -193,7 +195,7 @@ def reward_model(home: Path, arm: str, round_: int, last: Path, knobs: dict, see
         return here / "rm"
     # S: k = 5 unlabelled responses of the last policy, a little hotter so that they differ
     call(ppo.main, "sample", "--model", home / "sft" if knobs.get("stale") else last, "--prompts",
-         home / f"data/prompts-{domain}meta.jsonl", "--k", 5, *flags["sample"], "--temperature", 1.1,
+         home / f"data/prompts-{domain}meta.jsonl", "--k", 5, *flags["sample"], *flags["meta_sample"],
          "--seed", f"{seed}{round_}", "--out", here / "meta")
     S = here / "meta/samples.jsonl"
     if kind == "oracle":  # the ceiling: D, and gold labels on the S of all rounds so far (each response in two pairs)
@@ -206,7 +208,8 @@ def reward_model(home: Path, arm: str, round_: int, last: Path, knobs: dict, see
         return here / "rm"
     if kind in ("random", "joint"):
         train_variant(Variant(str(here / "rm"), str(home / "sft"), str(training[3]), str(S), kind,
-                              knobs["eta" if kind == "random" else "lam"], knobs["lr"], int(flags["rm"][1]), seed))
+                              knobs["eta" if kind == "random" else "lam"], value_of(training, "lr"),
+                              int(value_of(training, "batch_size")), seed))
         return here / "rm"
     call(metarm.main, *training, "--meta", S, "--order", "exact" if kind == "exact" else "first", "--eta", knobs["eta"],
          "--normalize", "--seed", seed, "--out", here / "rm", "--save_adapted", here / "adapted")
@@ -262,7 +265,7 @@ def improve(home: Path, arm: str, round_: int, last: Path, model: Path, knobs: d
     """PPO against `model`, on from the arm's last policy, KL to SFT; the same steps and scaling for every arm."""
     prompts = home / f"data/prompts-{'ood-' if knobs.get('ood') else ''}ppo.jsonl"
     call(ppo.main, "ppo", "--model", last, "--ref_policy", home / "sft", "--reward_model", model, "--prompts", prompts,
-         *flags["ppo"], *flag({"steps": flags["steps"]} | knobs, "steps", "kl_coef"), "--seed", f"{seed}{round_}", "--out", out)
+         *flags["ppo"], *flag(knobs, "steps", "kl_coef"), "--seed", f"{seed}{round_}", "--out", out)
     return out
 
 
@@ -287,8 +290,8 @@ def gold_policy(home: Path, until: float, most: int, model: Path, seed: int, fla
     last, tried = home / "sft", {}
     with gold_as_reward():
         for part in range(1, 3 * most + 1):
-            last = improve(home, "gold", part, last, model, {"kl_coef": 0.005, "steps": max(1, flags["steps"] // 3)}, seed,
-                           flags, home / f"gold-{part}/policy")
+            last = improve(home, "gold", part, last, model, {"steps": max(1, int(value_of(flags["ppo"], "steps")) // 3)}, seed, flags,
+                           home / f"gold-{part}/policy")
             tried[last] = final_kl(last)
             if tried[last] >= until:
                 break
@@ -463,6 +466,11 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
         def walk(arm, upto):  # train an arm's rounds, one after the other
             knobs, last = knobs_of(arm, settings), home / "sft"
             for r in range(1, upto + 1):
+                if r == 1 and ARMS[split_arm(arm)[0]][0] == "ocrm" and split_arm(arm)[1].keys() <= {"tau"}:
+                    # before the policy moves all weights are 1: this round is vanilla PPO's, to the bit
+                    policies[arm, 1], models[arm, 1] = last, model = policies["ppo", 1], base
+                    yield 1
+                    continue
                 model = reward_model(home, arm, r, last, knobs, seed, flags)
                 last = improve(home, arm, r, last, model, knobs, seed, flags, home / f"{arm}-{r}" / "policy")
                 policies[arm, r], models[arm, r] = last, model
@@ -521,8 +529,7 @@ MEASURES = 1  # raise it when a measure changes: cells are then measured anew, n
 
 
 def flags_of(config: "Config") -> dict:
-    flags = {name: FLAGS[name] + (SMALL[name] if config.small else []) for name in FLAGS}
-    return flags | {"steps": 3 if config.small else 15}
+    return {name: flags + (SMALL.get(name, []) if config.small else []) for name, flags in toy_flags().items()}
 
 
 def watch_parent() -> None:
@@ -556,8 +563,8 @@ def run_jobs(jobs: list[tuple], config: "Config") -> None:
 
 
 # Seconds of a cell with its measuring, one core; and of what a seed needs before its cells. Measured cells say better.
-SECONDS = {"shared": 130, "gold": 35, "none": 15, "rm0": 22, "plain": 32, "ocrm": 40, "random": 35, "joint": 42, "oracle": 50, "first": 60,
-           "exact": 80, "adapted": 60}
+SECONDS = {"shared": 145, "gold": 25, "none": 10, "rm0": 20, "plain": 44, "ocrm": 56, "random": 49, "joint": 67, "oracle": 98, "first": 63,
+           "exact": 98, "adapted": 63}
 
 
 def cost_of(jobs: list[tuple], config: "Config") -> tuple[int, int, float]:
@@ -736,15 +743,16 @@ def study(config: Config) -> None:
     for phase in phases:
         settings = data.read_json(file) or {}
         if phase == "tune":
-            if settings and (config.phase != "all" or settings.get("small") != config.small):
+            todo = [task for task in names(config.tasks) if task not in settings.get("chosen", {})]
+            if settings.get("small", config.small) != config.small or not todo and config.phase != "all":
                 raise ValueError(f"{file} is there already: what was chosen is not chosen again; to begin anew, delete it and {config.runs}")
-            if not settings:
-                tune(config, {})
+            if todo:
+                tune(replace(config, tasks=",".join(todo)), settings)
         elif phase == "page":
             write_page(config)
         else:
-            if any(task not in settings.get("chosen", {}) for task in names(config.tasks)):
-                raise ValueError(f"{file}: {config.tasks} not tuned yet; run --phase tune, and commit what it chose, before the main seeds")
+            if any(task not in settings.get("chosen", {}) for task in names(config.tasks)) or settings.get("small", False) != config.small:
+                raise ValueError(f"{file}: {config.tasks} not tuned yet at this size; run --phase tune, and commit what it chose, before the main seeds")
             jobs = []
             for task in names(config.tasks):
                 own = {"chosen": settings["chosen"][task], "etas": settings["etas"]}
