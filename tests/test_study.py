@@ -169,8 +169,8 @@ def test_gold_takes_the_rms_place_and_gives_it_back():
 
 # ------------------------------------------------------------------------------------------------------- the page
 
-METRICS = ("gold gold.valid gold.ood words distinct bleu cosine win.sft lose.sft win.dpo lose.dpo win.ppo lose.ppo win.sft.ood lose.sft.ood "
-           "win.ppo.ood lose.ppo.ood kl rm D.noisy D.gold own.acc own.variance_sd own.J_sd own.disagree own.gold_variance ood.acc ood.matched "
+METRICS = ("by_gold.kl gold gold.valid gold.ood words distinct bleu cosine win.sft lose.sft win.dpo lose.dpo win.ppo lose.ppo win.sft.ood lose.sft.ood "
+           "win.ppo.ood lose.ppo.ood kl rm D.noisy D.gold own.acc own.variance_sd own.J_sd own.disagree own.gold_variance sft.variance_sd sft.gold_variance ood.acc ood.matched "
            "cos.early cos.late climb.L climb.L_taylor climb.J weight.mean weight.rho_gap weight.flipped").split()
 METRICS += [f"{s}.{m}" for s in ("shifted", "gold", "adapted.shifted") for m in
             "acc matched rho J J_sd margin margin_sd variance variance_sd".split()]

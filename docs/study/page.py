@@ -239,7 +239,7 @@ def verdicts(table: Table, task: str, settings: dict, primary: int, margins: dic
     for row, p in zip(found, ps):
         ours, margin = row["values"][METHOD], margins[row["margin"]]
         row["interval"], row["p"] = t_interval(ours.values()), p
-        row["verdict"] = better(row["interval"], p, margin) if row["kind"] == "better" else equivalent(row["interval"], margin)
+        row["verdict"] = "not run" if not ours else better(row["interval"], p, margin) if row["kind"] == "better" else equivalent(row["interval"], margin)
         row["controls"] = {}
         for control in CONTROLS:
             theirs = row["values"].get(control, {})
@@ -311,7 +311,8 @@ def findings(table: Table, settings: dict, primary: int, margins: dict) -> str:
     """The first screen, which the project's README quotes too."""
     lines = []
     for task in [task for task in ("dialogue", "summary") if (task, METHOD, primary, "gold") in table]:
-        rows, seeds = verdicts(table, task, settings, primary, margins), len(table[task, METHOD, primary, "gold"])
+        rows = [row for row in verdicts(table, task, settings, primary, margins) if row["verdict"] != "not run"]
+        seeds = len(table[task, METHOD, primary, "gold"])
         won, lost, open_ = (sum(row["verdict"] == word for row in rows) for word in ("yes", "no", "unclear"))
         gold = {arm: table.get((task, arm, primary, "gold"), {}) for arm in NAMES}
         lines.append(f"- **{task}**, {seeds} seeds: of {len(rows)} claims {won} hold, {lost} do not, {open_} stay unclear. "
@@ -388,6 +389,8 @@ figure; and whether a control *does as well*.
 {markdown(["policy", "Self-BLEU, n = 2–5", "embedding cosine", "distinct", "words"], [[named(arm), show(get(arm, "bleu", last(arm))),
     show(get(arm, "cosine", last(arm)), 3), show(get(arm, "distinct", last(arm))), show(get(arm, "words", last(arm)), 1)] for arm in arms])}
 {ood}### The reward models at round {primary} (accuracy in %; matched: at the same gold gap)
+Samples no RM chose: of a policy that PPO trained on the gold reward until it was {show(get("sft", "by_gold.kl", 0), 1)} nats from
+SFT; vanilla PPO's last policy, on whose samples the others are measured, is {show(get("ppo", "kl", max(rounds, default=0)), 1)} nats away.
 
 {markdown(["RM", "D, noisy", "D, gold", "vanilla PPO's samples", "matched", "samples no RM chose", "matched", "own policy's", "OOD", "ρ, shifted"], [
     [named(arm), *(on(arm, m) for m in ("D.noisy", "D.gold", "shifted.acc", "shifted.matched", "gold.acc", "gold.matched", "own.acc", "ood.acc")),
@@ -450,9 +453,9 @@ def pictures(table: Table, task: str, folder: Path, primary: int) -> None:
                 axes.plot(*zip(*points), ".-", color=COLOURS[arm], lw=1.8, label=named(arm))
 
     def spread(axes):
-        for metric, label, style in (("own.variance_sd", "by RM₀", "-"), ("own.gold_variance", "by gold", "--")):
-            points = [mean("ppo", metric, r) for r in rounds]
-            axes.errorbar(rounds, [p[0] for p in points], [[p[0] - p[1] for p in points], [p[2] - p[0] for p in points]], fmt=f"o{style}",
+        for metric, label, style in (("variance_sd", "by RM₀", "-"), ("gold_variance", "by gold", "--")):
+            points = [mean("ppo", f"sft.{metric}", 1), *(mean("ppo", f"own.{metric}", r) for r in rounds)]
+            axes.errorbar([0, *rounds], [p[0] for p in points], [[p[0] - p[1] for p in points], [p[2] - p[0] for p in points]], fmt=f"o{style}",
                           color=COLOURS["ppo"] if style == "-" else "#000000", capsize=3, label=label)
 
     def epoch(axes):
@@ -486,8 +489,8 @@ def pictures(table: Table, task: str, folder: Path, primary: int) -> None:
     seeds = len(table.get((task, METHOD, primary, "gold"), {}))
     draw("gold_over_kl", f"What the policies are worth, and what their RMs promise, {seeds} seeds", over_kl, (11, 4.5), 2,
          xlabel="KL to the SFT policy, nats", ylabel="reward, SD above SFT")
-    draw("fig1", "Spread of two answers to one prompt, while PPO goes on against RM₀", spread, xlabel="round", ylabel="variance of the difference, SD²",
-         ylim=(0, None), xticks=rounds)
+    draw("fig1", "Spread of two answers to one prompt, while PPO goes on against RM₀", spread, xlabel="round (0: before PPO)",
+         ylabel="variance of the difference, SD²", ylim=(0, None), xticks=[0, *rounds])
     draw("fig4", "Accuracy on held-out pairs of D over the one epoch", epoch, xlabel="share of the epoch", ylabel="right, % (noisy labels)")
     draw("fig5", "How far apart the RMs hold two of vanilla PPO's answers", distribution, (9, 4.5), xlabel="gap |r − r′|, SD", ylabel="pairs further apart, %")
     draw("accuracy", f"Accuracy at the same gold gap, RM of round {primary} minus RM₀ (95 %)", against,

@@ -395,8 +395,8 @@ def measure_rm(model: tuple, sets: dict, sft: tuple, pairs: list[dict], full: bo
                   "own": ("acc", "matched", "rho", "J", "J_sd", "variance_sd"), "ood": ("acc", "matched", "margin_sd"),
                   "sft": ("acc", "J", "J_sd", "variance_sd")}[name]
         row |= {f"{name}.{key}": every[key] for key in wanted if full or name in ("shifted", "gold")}
-        if full and name == "own":
-            row["own.gold_variance"] = report_card.spread(pair[1])["variance"]
+        if full and name in ("own", "sft"):
+            row[f"{name}.gold_variance"] = report_card.spread(pair[1])["variance"]
         if full and name == "shifted":
             gaps = np.abs(report_card.reward_gaps(pair[0], pair[0])[0])
             row |= {f"shifted.gap{q}": np.quantile(gaps, q / 100) for q in (10, 25, 50, 75, 90)}
@@ -506,6 +506,8 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
             file.parent.mkdir(exist_ok=True)
             if (data.read_json(file) or {}).get("made_from") != made_from:
                 found = measure_cell(home, arm, r, policies[arm, r], model, place, previous if model else None)
+                if arm == "sft":  # how far the second shifted set is from SFT, beside the first
+                    found |= {"by_gold.kl": final_kl(gold), "by_gold.gold": in_sd(place["gold"]["test"][2], place["sft"]["test"][2]).mean()}
                 seconds, start = time.monotonic() - start, time.monotonic()
                 found = {name: float(f"{value:.4g}") for name, value in found.items() if value == value
                          and not ("@" in arm and name.startswith(NO_VARIANT))}
