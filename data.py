@@ -8,8 +8,10 @@ The toy world, where the truth is known; and the reading, writing and resuming t
              Only these labels ever leave the world: no training run sees a gold reward.
   OOD        five problems of a travel desk. The SFT text speaks of them (it stands in for pre-training too),
              D never does.
+  summary    a second task, --task summary: to sum up a short note of a repair shop (OOD: of a clinic). Its truth
+             is the table SUMMARY_GOLD; gold_reward() sees from the prompt which of the two it judges.
 
-  python data.py toy --out runs/toy/data --seed 0
+  python data.py toy --out runs/toy/data --seed 0 [--task summary]
       writes sft.jsonl {"prompt", "response"}; prompts-{pairs,meta,ppo,valid,test,ood,ood-meta,ood-ppo}.jsonl
       {"prompt"}, where no prompt is in two files; and model/, an untrained tiny Llama with its tokenizer.
   python data.py label --samples runs/toy/pairs-samples/samples.jsonl --out runs/toy/pairs --noise 1.0
@@ -61,6 +63,8 @@ def gold_reward(prompt: str, response: str) -> float:
 def gold_parts(prompt: str, response: str) -> dict[str, float]:
     """The gold reward rule by rule: the keys of GOLD -> points. Raises ValueError if the prompt is not of
     this world. The rules look for words and phrases, and so judge the broken text of a small model too."""
+    if SUM_UP in prompt:                                # the other task, with rules of its own
+        return summary_parts(prompt, response)
     problem, thing = read_customer(prompt)
     text = response.lower()
     words, sentences = text.split(), sentences_of(text)
@@ -266,18 +270,134 @@ def write_response(rng: random.Random, prompt: str) -> str:
     return " " + " ".join(said)
 
 
-def make_world(seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
+# ------------------------------------------------------------------------------------------------------------
+# A second task: to sum up a note. Same form, same gold_reward(prompt, response) call, other rules.
+
+SUMMARY_GOLD = {                      # points: the other table to disagree with
+    "fact that matters": 1.0,         # each of the four: what, its fault, where, until when
+    "invented fact": -1.5,            # each that is not in the note
+    "trifle": -0.25,                  # who wrote the note, and in what weather
+    "warning": 1.0,                   # one ...
+    "alarm": -1.0,                    # ... and each further one
+    "repeated sentence": -1.0,        # each
+    "broken sentence": -0.5,          # each that nobody would write
+    "word too many": -0.2,            # each beyond SUMMARY_LONGEST
+    "word too few": -0.3,             # each short of SUMMARY_SHORTEST
+}
+SUMMARY_SHORTEST, SUMMARY_LONGEST = 5, 26     # words
+MATTERS, TRIFLES = ("thing", "fault", "place", "day"), ("who", "weather")
+
+# How good the SFT text is. Here, too, more is better in most of it: a third warning or a long summary is rare.
+P_FACT, P_INVENTED, P_TRIFLE = 0.60, 0.15, 0.20               # of each fact; of each fact that is told; of each trifle
+WARNING_MIX = {0: 0.45, 1: 0.35, 2: 0.16, 3: 0.04}            # how many warnings
+GIST_MIX = {0: 0.60, 1: 0.35, 2: 0.05}                        # how many sentences that say nothing
+
+SUM_UP = "Sum up this note:"
+SHARED = {"day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"],
+          "who": ["Anna", "Boris", "Clara", "David", "Emil"], "weather": ["rainy", "windy", "foggy", "sunny"]}
+WORKS = SHARED | {                    # what a note can say, field by field
+    "thing": "pump crane mill saw oven belt kiln lathe".split(),
+    "fault": ["leaks oil", "runs hot", "makes sparks", "has rust", "smells burnt", "shakes badly", "is jammed",
+              "lost a bolt"],
+    "place": ["hall one", "hall two", "the yard", "the cellar", "the paint shop", "the old wing"],
+    "note": ["{who} went round on a {weather} day. The {thing} in {place} {fault}. It has to run by {day}.",
+             "By {day} somebody must see to {place}. There the {thing} {fault}, writes {who}. It was {weather}."]}
+CLINIC = SHARED | {                   # OOD: other things, other faults, other places
+    "thing": "baker farmer singer tailor pilot judge smith monk".split(),
+    "fault": ["has a fever", "coughs badly", "broke a rib", "feels dizzy", "cannot sleep", "burnt a hand",
+              "lost a tooth", "sees double"],
+    "place": ["room one", "room two", "the night ward", "the tent", "the east bay", "the lobby"],
+    "note": ["{who} went round on a {weather} day. The {thing} in {place} {fault}. A doctor must come by {day}.",
+             "By {day} somebody must see to {place}. There the {thing} {fault}, writes {who}. It was {weather}."]}
+SAYS = {"thing": ["It is about the {thing}.", "The {thing} needs help."],
+        "fault": ["It {fault}.", "The trouble: it {fault}."],
+        "place": ["Go to {place}.", "You find it in {place}."],
+        "day": ["There is time until {day}.", "Do it by {day}."],
+        "who": ["{who} wrote it down.", "Ask {who}."], "weather": ["The day was {weather}.", "It was {weather}."]}
+WARNINGS = ["This is urgent.", "This is a danger.", "Please hurry.", "Do not wait."]
+GISTS = ["Here is the gist.", "That is the note.", "More may follow.", "So much for this one."]
+VALUES = {name: sorted({*WORKS[name], *CLINIC[name]}) for name in SAYS}
+ANY_VALUE = {name: r"\b(" + "|".join(values).lower() + r")\b" for name, values in VALUES.items()}
+WARNED = r"\burgent\b|\bdanger\b|\bhurry\b|do not wait"
+SUMMARY_KNOWN = {sentence.lower() for text in [*itertools.chain(*SAYS.values()), *WARNINGS, *GISTS]
+                 for sentence in sentences_of(text)}
+
+
+@functools.lru_cache(maxsize=100_000)
+def read_note(prompt: str) -> dict[str, str]:
+    """{field: its value} of a note. Raises ValueError for any other prompt."""
+    said = {name: re.findall(pattern, prompt.lower()) for name, pattern in ANY_VALUE.items()}
+    if SUM_UP not in prompt or any(len(values) != 1 for values in said.values()):
+        raise ValueError(f"gold_reward judges the toy world only, and this note is not of it: {prompt[-80:]!r}")
+    return {name: values[0] for name, values in said.items()}
+
+
+def summary_parts(prompt: str, response: str) -> dict[str, float]:
+    """The gold reward of a summary, rule by rule: the keys of SUMMARY_GOLD -> points."""
+    note, text = read_note(prompt), response.lower()
+    words, sentences, warnings = text.split(), sentences_of(text), len(re.findall(WARNED, text))
+    told = {name: set(re.findall(pattern, text)) for name, pattern in ANY_VALUE.items()}
+    count = {
+        "fact that matters": sum(note[name] in told[name] for name in MATTERS),
+        "invented fact": sum(len(told[name] - {note[name]}) for name in note),
+        "trifle": sum(note[name] in told[name] for name in TRIFLES),
+        "warning": min(1, warnings), "alarm": max(0, warnings - 1),
+        "repeated sentence": len(sentences) - len(set(sentences)),
+        "broken sentence": sum(summary_template(s) not in SUMMARY_KNOWN for s in sentences),
+        "word too many": max(0, len(words) - SUMMARY_LONGEST),
+        "word too few": max(0, SUMMARY_SHORTEST - len(words)),
+    }
+    return {rule: points * count[rule] for rule, points in SUMMARY_GOLD.items()}
+
+
+def summary_template(sentence: str) -> str:
+    """'go to hall two' -> 'go to {place}'."""
+    for name, pattern in ANY_VALUE.items():
+        sentence = re.sub(pattern, f"{{{name}}}", sentence)
+    return sentence
+
+
+def all_notes(domain: dict) -> list[str]:
+    """Every prompt there is about the notes of a domain."""
+    return [f"\n\nHuman: {SUM_UP} " + text.format(**dict(zip(SAYS, values))) + ANSWER
+            for text in domain["note"] for values in itertools.product(*(domain[name] for name in SAYS))]
+
+
+def write_summary(rng: random.Random, prompt: str) -> str:
+    """One summary, of the mixed quality that the rates above describe."""
+    note, said = read_note(prompt), []
+    domain = WORKS if note["thing"] in WORKS["thing"] else CLINIC
+    for name in SAYS:
+        if rng.random() < (P_FACT if name in MATTERS else P_TRIFLE):
+            true = next(value for value in domain[name] if value.lower() == note[name])
+            value = rng.choice([v for v in domain[name] if v != true]) if rng.random() < P_INVENTED else true
+            said.append(rng.choice(SAYS[name]).format(**{name: value}))
+    said += rng.sample(WARNINGS, draw(rng, WARNING_MIX)) + rng.sample(GISTS, draw(rng, GIST_MIX))
+    while len(said) < 2:
+        said.append(rng.choice([gist for gist in GISTS if gist not in said]))
+    rng.shuffle(said)
+    if rng.random() < P_REPEAT:
+        said.append(rng.choice(said))
+    return " " + " ".join(said)
+
+
+TASKS = {"dialogue": (all_prompts, SHOP_PROBLEMS, OOD_PROBLEMS, write_response),
+         "summary": (all_notes, WORKS, CLINIC, write_summary)}
+
+
+def make_world(seed: int, sizes: dict[str, int], task: str = "dialogue") -> dict[str, list[dict]]:
     """File name -> rows. `sizes` tells how many rows "sft" and each set of prompts gets; names that begin
     with "ood" get OOD prompts. No prompt is in two files. Raises ValueError if the world has too few."""
     rng = random.Random(seed)
+    prompts_of, domain, ood_domain, respond = TASKS[task]
     ood_rows = round(OOD_SHARE * sizes["sft"])
-    shares = [(SHOP_PROBLEMS, {name: size - ood_rows * (name == "sft") for name, size in sizes.items()
+    shares = [(domain, {name: size - ood_rows * (name == "sft") for name, size in sizes.items()
                                if not name.startswith("ood")}),
-              (OOD_PROBLEMS, {"sft": ood_rows} | {name: size for name, size in sizes.items()
+              (ood_domain, {"sft": ood_rows} | {name: size for name, size in sizes.items()
                                                   if name.startswith("ood")})]
     drawn = {name: [] for name in sizes}
-    for problems, share in shares:
-        pool = all_prompts(problems)
+    for topics, share in shares:
+        pool = prompts_of(topics)
         if sum(share.values()) > len(pool):
             raise ValueError(f"the toy world has {len(pool)} prompts for {', '.join(share)}, and not "
                              f"{sum(share.values())}: ask for fewer")
@@ -290,7 +410,7 @@ def make_world(seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
     world = {f"prompts-{name}": [{"prompt": prompt} for prompt in prompts] for name, prompts in drawn.items()}
     world["sft"] = world.pop("prompts-sft")
     for row in world["sft"]:
-        row["response"] = write_response(rng, row["prompt"])
+        row["response"] = respond(rng, row["prompt"])
     return world
 
 
@@ -717,6 +837,7 @@ def locked(path: str):
 class Config:
     out: str = field(metadata={"help": "folder to write"})
     seed: int = field(default=0, metadata={"help": "of everything that is drawn"})
+    task: str = field(default="dialogue", metadata={"help": "toy: dialogue or summary"})
     sft: int = field(default=8000, metadata={"help": "toy: rows of SFT text"})
     pairs: int = field(default=6000, metadata={"help": "toy: prompts for D"})
     meta: int = field(default=256, metadata={"help": "toy: prompts for S, and as many OOD ones"})
@@ -742,7 +863,9 @@ def toy(config: Config, work: Path) -> None:
     if config.hidden_size < 8 or config.hidden_size % 8 or config.layers < 1:
         raise ValueError(f"--hidden_size {config.hidden_size} --layers {config.layers}: the width must be a "
                          "multiple of 8 (four heads of even width), the layers at least 1")
-    world = make_world(config.seed, sizes)
+    if config.task not in TASKS:
+        raise ValueError(f"--task {config.task}: there are {' and '.join(TASKS)}")
+    world = make_world(config.seed, sizes, config.task)
     for name, rows in world.items():
         write_jsonl(work / f"{name}.jsonl", rows)
     tokenizer = train_tokenizer(["".join(row.values()) for rows in world.values() for row in rows])
@@ -752,8 +875,9 @@ def toy(config: Config, work: Path) -> None:
     gold = [sum(part.values()) for part in parts]
     mean = sum(gold) / len(gold)
     spread = math.sqrt(sum((g - mean) ** 2 for g in gold) / len(gold))
+    right = "remedy that fits" if config.task == "dialogue" else "fact that matters"
     print(f"data.py: {config.out}: {len(gold)} rows of SFT text, gold reward {mean:.2f} (SD {spread:.2f}), "
-          f"{sum(part['remedy that fits'] > 0 for part in parts) / len(gold):.0%} with the remedy that fits; "
+          f"{sum(part[right] > 0 for part in parts) / len(gold):.0%} with a {right}; "
           f"vocabulary of {len(tokenizer)}")
 
 

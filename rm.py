@@ -6,7 +6,7 @@ probability of that verdict (paper, Eq. 1: the vanilla loss). Everything else th
 PPO, the report - goes through `encode`, `collate` and `score` below, so that one text always gets one reward.
 
     python rm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl --eval_data runs/toy/pairs/valid.jsonl \
-                 --out runs/toy/rm0
+                 --out runs/toy/rm0          [--weight_by runs/toy/ppo-1/policy --tau 0.01: OCRM, see `pair_weights`]
 
 writes a folder that `AutoModelForSequenceClassification.from_pretrained` reads, its tokenizer, and `log.jsonl`
 (the loss each step; accuracy on the held-out pairs every `--log_every` steps).
@@ -30,10 +30,11 @@ import data
 
 # ---------------------------------------------------------------------------------------------- the loss (Eq. 1)
 
-def preference_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
-    """Eq. 1: L = -mean log sigma(r(x, y_w) - r(x, y_l)).
+def preference_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor,
+                    weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Eq. 1: L = -mean log sigma(r(x, y_w) - r(x, y_l)); with `weights`, -mean w log sigma(...), as OCRM has it.
 
-    Shapes: both (n,), one pair an entry; returns a scalar in nats (log 2 = a coin toss).
+    Shapes: all (n,), one pair an entry; returns a scalar in nats (log 2 = a coin toss).
     Raises ValueError on other shapes. Source: paper Eq. 1; Bradley & Terry 1952.
 
     logsigmoid, not log(sigmoid(.)): at a margin of -100 float32's sigmoid is 0 and its log -inf, and with it the
@@ -42,7 +43,12 @@ def preference_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor
     if chosen_rewards.dim() != 1 or chosen_rewards.shape != rejected_rewards.shape or not len(chosen_rewards):
         raise ValueError(f"preference_loss needs chosen and rejected rewards of one shape (n,), n >= 1; got "
                          f"{tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}")
-    return -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    if weights is None:
+        return losses.mean()
+    if weights.shape != losses.shape:
+        raise ValueError(f"preference_loss needs weights of the rewards' shape {tuple(losses.shape)}, not {tuple(weights.shape)}")
+    return (weights * losses).mean()  # by the number of pairs, not by the sum of the weights: theirs is 1 a pair over all of D
 
 
 # ---------------------------------------------------------------------------------- one text, one row of token ids
@@ -396,10 +402,37 @@ def linear_decay(optimizer, steps: int):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
 
 
-def pair_loss(forward: Callable, model, tokenizer, pairs: list[Group]) -> torch.Tensor:
+def pair_loss(forward: Callable, model, tokenizer, pairs: list[Group], weights: torch.Tensor | None = None) -> torch.Tensor:
     """Eq. 1 on encoded pairs (chosen row, rejected row); `forward` as in `rewards_of`."""
     rewards = rewards_of(forward, model, tokenizer, pairs).view(-1, 2)
-    return preference_loss(rewards[:, 0], rewards[:, 1])
+    return preference_loss(rewards[:, 0], rewards[:, 1], weights)
+
+
+@torch.no_grad()
+def pair_weights(pairs: list[dict], policy: str, ref_policy: str, tau: float, batch_size: int = 64) -> torch.Tensor:
+    """OCRM's weights (n,) of preference rows, on the CPU: towards what the current policy would say.
+
+        w = exp(tau (log pi(y_w|x)/pi_ref(y_w|x) + log pi(y_l|x)/pi_ref(y_l|x))), divided by its mean over D
+
+    with log-ratios of whole responses. tau = 1 is full importance weighting: unbiased, and in practice the weight of a
+    few pairs; OCRM's default is 0.01. Source: Ackermann, Ishida, Sugiyama 2025 (arXiv 2507.15507). ValueError as `encode_pairs`.
+    """
+    import ppo
+    log_ratio = torch.zeros(len(pairs), dtype=torch.float64)
+    for name, sign in ((policy, 1), (ref_policy, -1)):
+        model, tokenizer = ppo.load_policy(name)
+        model.to(pick_device())
+        encoded = encode_pairs(model, tokenizer, pairs, 0, f"--weight_by {policy}")
+        ppo.refuse_empty([prompt_ids for (prompt_ids, _), _ in encoded], f"--weight_by {policy}")
+        by_length = torch.tensor(row_lengths(encoded)).argsort(stable=True).tolist()
+        for start in range(0, len(pairs), batch_size):
+            chunk = by_length[start:start + batch_size]
+            batch = ppo.collate(tokenizer, [row for i in chunk for row in encoded[i]], pick_device())
+            with autocast(pick_device()):
+                log_probability = ppo.response_logprobs(model, batch).sum(dim=1)
+            log_ratio[chunk] += sign * log_probability.double().cpu().view(-1, 2).sum(dim=1)  # both sides of a pair
+    weights = len(pairs) * torch.softmax(tau * log_ratio, dim=0)  # = exp / mean of exp, without overflow
+    return weights.float()
 
 
 @dataclass
@@ -416,13 +449,18 @@ class RMConfig:
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients longer than this are scaled down to it"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "a cut-off costs at most about this much work"})
+    weight_by: str = field(default="", metadata={"help": "OCRM: weight pairs by this policy's likelihood over --ref_policy's"})
+    ref_policy: str = field(default="", metadata={"help": "OCRM: the policy that D was sampled from (default: --model)"})
+    tau: float = field(default=0.01, metadata={"help": "OCRM: power of the likelihood ratio; 1: full importance weighting"})
     log_every: int = field(default=20, metadata={"help": "steps between two looks at the held-out pairs"})
     seed: int = field(default=0, metadata={"help": "of the new head and of the order of D"})
 
 
 def train(cfg: RMConfig) -> None:
     from tqdm import tqdm
-    with data.stage("rm.py", cfg, inputs=["model", "data", "eval_data"]) as work:
+    if cfg.ref_policy and not cfg.weight_by:
+        raise ValueError("--ref_policy goes with --weight_by")
+    with data.stage("rm.py", cfg, inputs=["model", "data", "eval_data", "weight_by", "ref_policy"]) as work:
         if work is None:
             return
         raw_pairs = data.read_preferences(cfg.data)
@@ -432,7 +470,13 @@ def train(cfg: RMConfig) -> None:
         model.to(device)
         if cfg.gradient_checkpointing:
             checkpoint_gradients(model)
-        pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
+        kept_pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data, as_text=True)
+        pairs = encode_pairs(model, tokenizer, kept_pairs, 0, cfg.data)
+        weights = None
+        if cfg.weight_by:
+            weights = pair_weights(kept_pairs, cfg.weight_by, cfg.ref_policy or cfg.model, cfg.tau).to(device)
+            print(f"{cfg.out}: weights of D from {weights.min():.2f} to {weights.max():.2f}, worth "
+                  f"{(weights.sum() ** 2 / (weights ** 2).sum()).item():.0f} pairs of {len(weights)}")
         held_out = encode_pairs(model, tokenizer, held_out, cfg.max_length, cfg.eval_data, as_text=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
         batches = [batch for epoch in range(cfg.epochs)
@@ -450,9 +494,10 @@ def train(cfg: RMConfig) -> None:
                     bar.set_postfix(accuracy=f"{row['accuracy']:.3f}", refresh=False)
                 row["loss"] = 0.0
                 for start in range(0, len(batch), cfg.micro_batch_size):
-                    chunk = [pairs[i] for i in batch[start:start + cfg.micro_batch_size]]
+                    indices = batch[start:start + cfg.micro_batch_size]
                     with autocast(device):
-                        loss = pair_loss(model, model, tokenizer, chunk) * len(chunk) / len(batch)
+                        loss = pair_loss(model, model, tokenizer, [pairs[i] for i in indices],
+                                         None if weights is None else weights[indices]) * len(indices) / len(batch)
                     loss.backward()
                     row["loss"] += loss.item()
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)

@@ -6,6 +6,7 @@
 #   bash run.sh hh-smoke the same with a few steps a stage: does my model, my data, my GPU's memory do?
 #   bash run.sh smoke    the toy loop, shortened to about a minute, in a temporary folder
 #   bash run.sh test     the tests
+#   bash run.sh study    the evidence: two tasks, all arms, 8 seeds, many hours; it says how many first: docs/study/README.md
 #   bash run.sh bench    how fast, beside TRL and torchopt (HH-RLHF from the hub, or --data FILE): docs/bench/README.md
 #   bash run.sh killtest smoke, killed at 20 random moments (KILLS=20): does it end as if it had not been? (Linux)
 #
@@ -47,6 +48,7 @@ export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 case $preset in
   test) exec "$PYTHON" -m pytest -q tests "$@" ;;
   bench) exec "$PYTHON" docs/bench/bench.py "$@" ;;
+  study) exec "$PYTHON" docs/study/study.py "$@" ;;
 esac
 
 seed=0 run=runs/$preset model=HuggingFaceTB/SmolLM2-135M data=Anthropic/hh-rlhf/harmless-base/train.jsonl.gz ood=""
@@ -146,7 +148,7 @@ case $preset in
       eval_flags+=(--max_new_tokens 16)
     fi ;;
   *)
-    echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test, bench, killtest" >&2; exit 2 ;;
+    echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test, bench, study, killtest" >&2; exit 2 ;;
 esac
 
 # Two threads up to RM 0, then two arms side by side with one thread each: small models gain little from the second

@@ -2,10 +2,12 @@
 and stages that are skipped, refused, killed and resumed."""
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +119,78 @@ def test_world(world):
     assert not any(part["broken sentence"] for part in parts)
     share = sum(part["remedy that fits"] > 0 for part in parts) / len(parts)
     assert abs(share - data.REMEDY_MIX["fits"] - data.REMEDY_MIX["fits, and another"]) < 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The other task
+
+NOTE = ("\n\nHuman: Sum up this note: Anna went round on a foggy day. The saw in the cellar runs hot. It has to run by Friday."
+        "\n\nAssistant:")
+FACTS = " The saw needs help. It runs hot. Go to the cellar."               # three of the four, 11 words
+
+
+@pytest.mark.parametrize("response, points", [
+    (" Here is the gist. That is the note.", 0.0),
+    (FACTS, 3.0),
+    (FACTS + " Do it by Friday.", 4.0),                                              # all four
+    (FACTS + " Do it by Monday.", 1.5),                                              # invented
+    (FACTS + " Ask Anna. It was foggy.", 2.5),                                       # true trifles
+    (FACTS + " Ask Boris. It was sunny.", 0.0),                                      # invented ones
+    (FACTS + " This is urgent.", 4.0),                                               # one warning
+    (FACTS + " This is urgent. Please hurry. Do not wait.", 2.0),                    # two too many
+    (FACTS + " Go to the cellar.", 2.0),                                             # said before
+    (FACTS + " Go cellar the.", 2.5),                                                # nobody writes so
+    (FACTS + " It is about the pilot.", 1.5),                                        # out of another domain
+    (" Friday.", 1.0 - 0.5 - 4 * 0.3),                                               # broken, 4 words short
+    (FACTS + " word" * 20, 3.0 - 0.5 - 5 * 0.2),                                     # broken, 5 words too many
+    ("", -1.5),
+])
+def test_each_rule_of_the_summary(response, points):
+    assert data.gold_reward(NOTE, response) == pytest.approx(points)
+    assert data.gold_parts(NOTE, response).keys() == data.SUMMARY_GOLD.keys()
+
+
+def test_every_note_is_understood_and_every_value_told_apart():
+    for domain in (data.WORKS, data.CLINIC):
+        notes = data.all_notes(domain)
+        assert len(set(notes)) == len(notes)
+        rng = random.Random(0)
+        for note in rng.sample(notes, 500):
+            read = data.read_note(note)
+            assert all(read[name] in [value.lower() for value in domain[name]] for name in data.SAYS)
+    for name, wordings in data.SAYS.items():                                   # each value is found as itself, in its field only
+        for value in data.VALUES[name]:
+            for wording in wordings:
+                found = {other: re.findall(pattern, wording.format(**{name: value}).lower())
+                         for other, pattern in data.ANY_VALUE.items()}
+                assert found == {other: [value.lower()] * (other == name) for other in data.SAYS}
+                assert data.summary_parts(NOTE, " " + wording.format(**{name: value}))["broken sentence"] == 0
+    for wrong in (PROMPT, NOTE.replace("saw", "cow"), NOTE.replace("Friday", "Friday or Monday")):
+        with pytest.raises(ValueError, match="not of it"):
+            data.read_note(wrong)
+
+
+def test_world_of_the_summary(world):
+    notes = data.make_world(0, SIZES, "summary")
+    assert {name: len(rows) for name, rows in notes.items()} == {name: len(rows) for name, rows in world.items()}
+    prompts = [row["prompt"] for rows in notes.values() for row in rows]
+    assert len(set(prompts)) == len(prompts) and data.make_world(0, SIZES, "summary") == notes
+    ood = {name: sum(data.read_note(row["prompt"])["thing"] in data.CLINIC["thing"] for row in rows) for name, rows in notes.items()}
+    assert ood.pop("sft") == round(data.OOD_SHARE * SIZES["sft"])
+    assert all(count == (len(notes[name]) if "ood" in name else 0) for name, count in ood.items())
+    gold = [data.gold_reward(**row) for row in notes["sft"]]
+    words = [len(row["response"].split()) for row in notes["sft"]]
+    assert not any(data.gold_parts(**row)["broken sentence"] for row in notes["sft"])
+    assert min(gold) < 0 < sum(gold) / len(gold) < 4 < max(gold)               # of mixed quality
+    assert sum(w > data.SUMMARY_LONGEST for w in words) < 0.3 * len(words)     # in most of it, more is better
+    with pytest.raises(ValueError, match="ask for fewer"):
+        data.make_world(0, SIZES | {"ood": 100_000}, "summary")
+
+
+def test_the_dialogue_is_what_it_was_before_there_was_another_task(world):
+    """Byte for byte: whoever cites figures of a seed can make them again."""
+    told = json.dumps(data.make_world(7, SIZES), sort_keys=True).encode()
+    assert hashlib.sha256(told).hexdigest() == "81fd83a4085b4a4ed6d3e56a4303fa2e70e45df0e235c47b36a26da5b96adf5f"
 
 
 def test_tokenizer_gives_every_text_back(world, tmp_path):
@@ -535,7 +609,7 @@ def test_toy(tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "model")
     assert model.config.vocab_size == len(tokenizer) and model.config.pad_token_id == tokenizer.pad_token_id
     assert model.config.eos_token_id == tokenizer.eos_token_id == model.generation_config.eos_token_id
-    for wrong in (["--hidden_size", "20"], ["--layers", "0"], ["--pairs", "0"], ["--pairs", "100000"]):
+    for wrong in (["--hidden_size", "20"], ["--task", "poem"], ["--layers", "0"], ["--pairs", "0"], ["--pairs", "100000"]):
         assert data.main(["toy", "--out", str(tmp_path / "d"), *SMALL, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "d").exists()

@@ -54,6 +54,9 @@ MISTAKES = [
     ("rm.py", "--batch_size 0", "--batch_size", "at least 1"),
     ("rm.py", "--max_grad_norm 0", "--max_grad_norm", "above 0"),
     ("rm.py", "--epochs 1.5", "--epochs", "int"),
+    ("rm.py", "--weight_by nowhere", "nowhere", "folder"),
+    ("rm.py", "--weight_by policy --tau -1", "--tau", "at least 0"),
+    ("rm.py", "--ref_policy policy", "--ref_policy", "--weight_by"),
     ("rm.py", "--seed 99999999999999999999", "--seed", "at most"),
     ("rm.py", "--gradient_checkpointing maybe", "gradient_checkpointing", "yes/no"),
     ("rm.py", "--data=", "--data", "empty"),  # --data=$UNSET

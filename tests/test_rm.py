@@ -253,3 +253,45 @@ def test_on_cuda_scores_equal_the_cpus_and_training_runs(tmp_path, policy_folder
     want = rm.score(model, tokenizer, PROMPTS, RESPONSES)
     assert rm.score(model.cuda(), tokenizer, PROMPTS, RESPONSES).tolist() == pytest.approx(want.tolist(), abs=1e-4)
     assert rm.main(["--model", policy_folder, "--data", pairs_file, "--out", f"{tmp_path}/a", "--batch_size", "8"]) == 0
+
+
+def test_weighted_preference_loss_against_a_loop():
+    chosen, rejected, weights = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.5, 3.0]), torch.tensor([2.0, 0.0, 0.5])
+    want = sum(w * math.log(1 + math.exp(r - c)) for c, r, w in zip(*(x.tolist() for x in (chosen, rejected, weights)))) / 3
+    assert rm.preference_loss(chosen, rejected, weights).item() == pytest.approx(want)
+    assert rm.preference_loss(chosen, rejected, torch.ones(3)) == rm.preference_loss(chosen, rejected)
+    for wrong in (torch.ones(2), torch.ones(3, 1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="shape"):
+            rm.preference_loss(chosen, rejected, wrong)
+
+
+def test_ocrm_weights_against_a_loop(tmp_path, policy_folder, pairs_file, capsys):
+    """Each log-probability token by token from the model itself, one row at a time; then the formula as it stands."""
+    other = make_policy(tmp_path / "other", seed=3)
+    pairs = data.read_preferences(pairs_file)[:5]
+
+    def log_probability(folder, prompt, response):
+        model, tokenizer = ppo.load_policy(folder)
+        a, b = rm.encode(tokenizer, prompt, response)
+        with torch.no_grad():
+            logs = model(torch.tensor([a + b])).logits[0].double().log_softmax(dim=1)
+        return sum(logs[len(a) + i - 1, token].item() for i, token in enumerate(b))
+
+    for tau in (0.0, 0.01, 1.0):
+        want = [math.exp(tau * sum(log_probability(other, pair["prompt"], pair[side])
+                                   - log_probability(policy_folder, pair["prompt"], pair[side])
+                                   for side in ("chosen", "rejected"))) for pair in pairs]
+        want = [w / (sum(want) / len(want)) for w in want]
+        assert rm.pair_weights(pairs, other, policy_folder, tau, 2).tolist() == pytest.approx(want, rel=1e-3)
+
+    flags = ["--model", policy_folder, "--data", pairs_file, "--batch_size", "8", "--lr", "1e-3"]
+    trained = {}
+    for name, added in (("plain", []), ("flat", ["--tau", "0"]), ("ocrm", ["--tau", "1"])):
+        added = added and [*added, "--weight_by", other, "--ref_policy", policy_folder, "--micro_batch_size", "3"]
+        assert rm.main([*flags, *added, "--out", f"{tmp_path}/{name}"]) == 0
+        trained[name] = torch.cat([p.flatten() for p in rm.load_reward_model(f"{tmp_path}/{name}")[0].parameters()])
+    assert torch.allclose(trained["plain"], trained["flat"], atol=1e-4)        # tau = 0: every weight is 1
+    assert not torch.allclose(trained["plain"], trained["ocrm"], atol=1e-4)
+    assert "worth" in capsys.readouterr().out
+    assert rm.main([*flags, "--ref_policy", policy_folder, "--out", f"{tmp_path}/x"]) == 2
+    assert "--weight_by" in capsys.readouterr().err
