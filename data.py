@@ -927,10 +927,13 @@ def split(config: Config, work: Path) -> None:
         other = ([pair["prompt"] for pair in read_preferences(config.ood)] if "chosen" in next(read_lines(config.ood))[1]
                  else read_prompts(config.ood))
         other = sorted(set(other) - set(prompts))
-        if not other:
-            raise ValueError(f"{config.ood}: each of its prompts is in {config.source} too; --ood needs another domain")
+        if len(other) < 4:
+            raise ValueError(f"{config.ood}: {len(other)} of its prompts are not in {config.source} too; --ood needs at least 4, "
+                             "of another domain")
         random.Random(config.seed).shuffle(other)
-        sets |= {"ood": other[:config.test], "ood-meta": other[config.test:][:third], "ood-ppo": other[config.test + third:]}
+        cut = min(config.test, len(other) // 4)
+        third = (len(other) - cut) // 3
+        sets |= {"ood": other[:cut], "ood-meta": other[cut:][:third], "ood-ppo": other[cut + third:]}
     for name, some in sets.items():
         write_jsonl(work / f"prompts-{name}.jsonl", [{"prompt": prompt} for prompt in some])
     print(f"data.py: {config.out}: " + ", ".join(f"{len(some)} prompts for {name}" for name, some in (parts | sets).items()))

@@ -17,6 +17,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def measure(prompts: dict, responses: dict, scores: dict, rollouts: dict, epochs
             z["gold", policy, domain], z["gold", rival, domain], tie)
             for rival in policies for domain in prompts  # SFT, DPO, and the other arms' policies of the same round
             if rounds and rival != policy and arm_of(rival)[1] in (0, rounds)
-            and (domain == "test" or rival == "sft") and (policy, domain) in responses}
+            and (policy, domain) in responses and (rival, domain) in responses}
         rows[policy] = {"against": against, "figures": {
             "RM": z[trainer_of(policy), policy, "test"].mean(), "gold": z["gold", policy, "test"].mean(),
             "KL": np.mean(curves[policy]["KL"][-5:]) if policy in curves else None, "words": mean_words(texts),
@@ -263,9 +264,10 @@ def table(rows: dict, group: str = "", corner: str = "") -> str:
     """{name of a row: {heading: figure}} -> markdown; with a `group`, of that part of each row."""
     rows = {title(name): row[group] for name, row in rows.items() if row[group]} if group else rows
     headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
-    lines = [[corner, *headings], ["---"] * (len(headings) + 1),
+    lines = [[corner, *headings],
              *([name, *(show(row.get(heading)) for heading in headings)] for name, row in rows.items())]
-    return "".join(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in line)} |\n" for line in lines)
+    lines = [f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in line)} |\n" for line in lines]
+    return "".join([lines[0], "|---" * (len(headings) + 1) + "|\n", *lines[1:]])
 
 
 def report(results: dict, judge: str) -> str:
@@ -397,7 +399,9 @@ def compare(config: "EvalConfig") -> None:
     with data.stage("eval.py", config, ["prompts", "judge", "policies A", "policies B"], ("out", "policies")) as work:
         if work is None:
             return
-        judge = config.judge and rm.load_reward_model(config.judge)  # first: a wrong folder is found at once
+        judge = config.judge and rm.load_reward_model(config.judge)  # first: a wrong folder is found at once,
+        for name in names:
+            ppo.load_policy(name)  # and not when the other policy has been sampled
         prompts, pairs, sides, coin = data.read_prompts(config.prompts), [], {}, np.random.default_rng(config.seed)
         groups = [sampled(config, name, prompts, work) for name in names]
         if judge:
@@ -552,28 +556,30 @@ def summarise(config: EvalConfig) -> None:
         if not found:
             raise ValueError(f"--runs {folder}: no results.json there; finish that run first")
 
-    def cell(get, digits=1):  # over the runs that have it
-        values = [x for x in (get(found) for found in runs.values()) if isinstance(x, (int, float))]
-        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}" if values else "–"
+    def cell(*path, digits=2):  # over the runs that have it; of a win / tie / lose, the wins less the losses
+        found = [reduce(lambda part, key: (part or {}).get(key), path, results) for results in runs.values()]
+        values = [x["win"] - x["lose"] if isinstance(x, dict) else x for x in found if x is not None]
+        sd = np.std(values, ddof=1) if len(values) > 1 else 0
+        return f"{np.mean(values):.{digits}f} ± {sd:.{digits}f}" if values else "–"
 
-    first = next(iter(runs.values()))
-    print(f"Over {len(runs)} seeds ({config.runs}), mean ± SD.\n\n| the illness | before | after | there, of {len(runs)} |\n|---|---|---|---|")
-    for sign in first["illness"]:
-        before, after = (cell(lambda found: found["illness"][sign][when], 2) for when in ("before", "after"))
-        print(f"| {sign} | {before} | {after} | {sum(found['illness'][sign]['there?'] == 'yes' for found in runs.values())} |")
-    print("\n| policy | RM, SD above SFT | gold, SD above SFT | win − lose against SFT | PPO on RM0 | DPO | KL, nats | Self-BLEU |\n"
-          "|---|---|---|---|---|---|---|---|")
-    for policy in [*first["policies"]]:
-        figure = lambda name: cell(lambda found: found["policies"][policy]["figures"][name], 2)
-        against = lambda other: cell(lambda found: (lambda x: x and x["win"] - x["lose"])(found["policies"][policy]["against"].get(other)))
-        print(f"| {title(policy)} | {figure('RM')} | {figure('gold')} | {against('SFT')} | {against('PPO on RM0')} | {against('DPO')} "
-              f"| {figure('KL')} | {figure('Self-BLEU')} |")
-    print("\n| RM | D, noisy, % | D, gold, % | SFT, % | shifted, % | OOD, % | J, shifted | gap, shifted, SD |\n|---|---|---|---|---|---|---|---|")
-    for model in first["rms"]:
-        accuracy = lambda name: cell(lambda found: found["rms"][model]["accuracy"].get(name))
-        gap = lambda name, digits: cell(lambda found: found["rms"][model]["shifted"][name], digits)
-        print(f"| {title(model)} | " + " | ".join(map(accuracy, ("D, noisy", "D, gold", "SFT for shifted", "shifted", "OOD")))
-              + f" | {gap('J', 3)} | {gap('gap, SD', 2)} |")
+    first, seeds = next(iter(runs.values())), len(runs)
+    signs = {sign: {"before": cell("illness", sign, "before"), "after": cell("illness", sign, "after"),
+                    f"there, of {seeds}": str(sum(found["illness"][sign]["there?"] == "yes" for found in runs.values()))}
+             for sign in first["illness"]}
+    columns = {  # heading: where the figure is, and its digits
+        "policies": {"RM, SD above SFT": ("figures", "RM", 2), "gold, SD above SFT": ("figures", "gold", 2),
+                     "win − lose against SFT": ("against", "SFT", 1), "PPO on RM0": ("against", "PPO on RM0", 1),
+                     "DPO": ("against", "DPO", 1), "KL, nats": ("figures", "KL", 2),
+                     "Self-BLEU": ("figures", "Self-BLEU", 2)},
+        "rms": {"D, noisy, %": ("accuracy", "D, noisy", 1), "D, gold, %": ("accuracy", "D, gold", 1),
+                "SFT, %": ("accuracy", "SFT for shifted", 1), "shifted, %": ("accuracy", "shifted", 1),
+                "OOD, %": ("accuracy", "OOD", 1), "J, shifted": ("shifted", "J", 3),
+                "gap, shifted, SD": ("shifted", "gap, SD", 2)}}
+    print(f"Over {seeds} seeds ({config.runs}), mean ± SD.\n\n{table(signs, corner='the illness')}", end="")
+    for part, corner in (("policies", "policy"), ("rms", "RM")):
+        rows = {title(name): {heading: cell(part, name, group, key, digits=digits)
+                              for heading, (group, key, digits) in columns[part].items()} for name in first[part]}
+        print(f"\n{table(rows, corner=corner)}", end="")
 
 
 def choose(config: EvalConfig) -> None:

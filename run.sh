@@ -11,7 +11,8 @@
 #   bash run.sh killtest smoke, killed at 20 random moments (KILLS=20): does it end as if it had not been? (Linux)
 #
 # Options behind the preset: --seed 3  --run FOLDER (where to write)
-#   and for hh: --model FOLDER_OR_HUB_NAME  --data FILE_OR_HUB_FILE  --ood FILE (prompts of another domain)
+#   and for hh: --model FOLDER_OR_HUB_NAME  --data FILE_OR_HUB_FILE
+#               --ood FILE (prompts of another domain: S and PPO move there, D stays; the paper's OOD setting)
 # PYTHON=/path/to/python bash run.sh ...  uses this interpreter as it is, instead of making .venv
 #
 # Interrupted? The same command goes on: finished stages are skipped, a long one goes on from its last checkpoint.
@@ -63,6 +64,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --seed | --run | --model | --data | --ood)
       [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
+      [[ $preset$1 =~ ^hh|--seed$|--run$ ]] || { echo "run.sh: $1 is for hh and hh-smoke only" >&2; exit 2; }
       declare "${1#--}=$2"; shift 2 ;;
     *) echo "run.sh: unknown option '$1'; there are --seed --run --model --data --ood" >&2; exit 2 ;;
   esac
@@ -186,13 +188,14 @@ py rm.py --model "$run/sft" "${rm_flags[@]}" --seed "$seed" --out "$run/rm0"
 # --------------------------------------------------------------------------------------------- what is compared
 # Every arm starts from the SFT policy and takes the same number of PPO steps; each round goes on from the arm's
 # last policy. Only the reward model differs.
-ppo_flags+=(--ref_policy "$run/sft" --prompts "$run/data/prompts-ppo.jsonl")
+domain=$run/data/prompts-${ood:+ood-} # of S and PPO
+ppo_flags+=(--ref_policy "$run/sft" --prompts "${domain}ppo.jsonl")
 
 metarm_arm() { # the paper's rounds
   local last=$run/sft r
   for r in $(seq "$rounds"); do
     # S: k unlabelled responses of the last policy (round 1: SFT's), a little hotter so that they differ
-    py ppo.py sample --model "$last" --prompts "$run/data/prompts-meta.jsonl" --k "$k" "${sample_flags[@]}" \
+    py ppo.py sample --model "$last" --prompts "${domain}meta.jsonl" --k "$k" "${sample_flags[@]}" \
                      "${meta_sample_flags[@]}" --seed "$seed$r" --out "$run/metarm-$r/meta"
     # Algorithm 1 on D and S, from the same initialisation and in the same order of D as RM 0 (Figure 4)
     py metarm.py --model "$run/sft" "${rm_flags[@]}" "${meta_flags[@]}" --meta "$run/metarm-$r/meta/samples.jsonl" \

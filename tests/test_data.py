@@ -641,6 +641,22 @@ def test_label(samples, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["f", "pairs", "samples.jsonl"]
 
 
+def test_split_with_another_domain(tmp_path):
+    """--ood: prompts of a domain that D does not speak of, for the test, for S and for PPO; as pairs or as prompts."""
+    pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    data.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    for name, other in (("prompts", [{"prompt": f"q{i}"} for i in range(40)]),
+                        ("pairs", [{**pair, "prompt": pair["prompt"].replace("p", "q")} for pair in pairs])):
+        data.write_jsonl(tmp_path / "ood.jsonl", other + [{**other[0], "prompt": "p1"}])   # one that D has too
+        out = tmp_path / name
+        assert data.main(["split", "--source", str(tmp_path / "pairs.jsonl"), "--ood", str(tmp_path / "ood.jsonl"),
+                          "--test", "8", "--out", str(out)]) == 0
+        sets = [data.read_prompts(out / f"prompts-{part}.jsonl") for part in ("ood", "ood-meta", "ood-ppo")]
+        assert [len(some) for some in sets] == [8, 10, 22]
+        assert sorted(sum(sets, [])) == sorted(f"q{i}" for i in range(40))
+        assert all("q" not in (out / f"{part}.jsonl").read_text() for part in ("sft", "train", "valid", "judge", "prompts-meta"))
+
+
 def test_as_a_process(tmp_path):
     argv = ["label", "--samples", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "x")]
     done = subprocess.run([sys.executable, str(ROOT / "data.py"), *argv], capture_output=True, text=True)

@@ -263,7 +263,7 @@ def test_report_of_a_run(fake_run, capsys):
     against = report_card.win_tie_lose(gold["metarm-2-policy"], sft, 0.25 * sft.std())
     row = results["policies"]["metarm-2"]
     assert row["against"]["SFT"] == pytest.approx(against, abs=1e-5) and set(row["against"]) == {
-        "SFT", "SFT, OOD", "DPO", "PPO on RM0", "reseeded RM"}
+        "SFT", "SFT, OOD", "DPO", "PPO on RM0", "PPO on RM0, OOD", "reseeded RM", "reseeded RM, OOD"}
     mean = (gold["metarm-2-policy"].mean() - sft.mean()) / sft.std()
     assert row["figures"]["gold"] == pytest.approx(mean, abs=1e-5)
     assert results["rms"]["rm0"]["shifted"]["J"] >= 0.4

@@ -42,6 +42,7 @@ SOUND = {
                   "--max_new_tokens 6 --lr 1e-3 --critic_lr 1e-3 --out x",  # `rm` has another tokenizer: text goes between
     "ppo.py sample": "--model policy --prompts prompts.jsonl --k 2 --max_new_tokens 6 --out x",
     "eval.py": "",
+    "eval.py compare": "--judge rm --policies policy,gpt2 --prompts prompts.jsonl --k 2 --max_new_tokens 6 --out x",
 }
 # (command, what is added to it, a word on what is wrong, a word on how to mend it); a command with "!" is taken bare.
 MISTAKES = [
@@ -90,6 +91,33 @@ MISTAKES = [
     ("eval.py", "--judge rm", "--judge", "--policies"),
     ("eval.py", "--run nowhere", "nowhere", "run.sh"),
     ("eval.py", "--run policy", "policy", "run.sh"),
+    ("eval.py", "--run policy --k 1", "--k 1", "at least 2"),
+    ("eval.py", "--runs policy,nowhere", "--runs policy: no results.json", "finish that run"),
+
+    # --- two policies, and verdicts on them
+    ("eval.py compare", "--policies policy", "--policies policy: two folders", "as A,B"),
+    ("eval.py compare", "--policies policy,nowhere", "nowhere: no such model folder", "`save_pretrained` folder is needed"),
+    ("eval.py compare", "--policies policy,some/model", "some/model: no such folder here, and on the hub", "give a whole"),
+    ("eval.py compare", "--policies policy,rm", "rm: not a causal language model", "a reward model folder, perhaps"),
+    ("eval.py compare", "--judge policy", "policy: holds no reward head", "train one"),
+    ("eval.py compare", "--judge nowhere", "nowhere: no such model folder", "`save_pretrained` folder is needed"),
+    ("eval.py compare", "--judge short-rm", "row 1: ", "only 4 positions; shorten or drop the row"),  # no --max_length here
+    ("eval.py compare", "--prompts pears.jsonl", "pears.jsonl", "no such file"),
+    ("eval.py compare", "--prompts meta.jsonl --max_new_tokens 500", "128 positions", "lower --max_new_tokens"),
+    ("eval.py compare", "--blind", "--judge --blind", "these belong together"),
+    ("eval.py compare", "--out notes", "no stage made it, so it was not touched", "another folder"),
+    ("eval.py compare", "--out rows.csv/x", "rows.csv/x cannot be written", "another folder"),
+    ("eval.py compare", "--out policy/x", "--out policy/x lies in --policies A policy", "outside it"),
+    ("eval.py compare", "--out busy", "another process is writing", "let it finish"),
+    ("eval.py compare", "--out judged --seed 1", "judged was made with --seed 0, not 1", "another folder, or delete it"),
+    ("eval.py compare", "--out judged --policies gpt2,policy", "something else than --policies A gpt2", "another folder"),
+    ("eval.py", "--verdicts pears.jsonl --key key.json", "pears.jsonl", "no such file"),
+    ("eval.py", "--verdicts sound.jsonl --key meta.jsonl", "--key meta.jsonl: not a key.json", "eval.py --blind"),
+    ("eval.py", "--verdicts sound.jsonl --key nowhere", "--key nowhere: not a key.json", "eval.py --blind"),
+    ("eval.py", "--verdicts missing.jsonl --key key.json", 'id "2-b" has no verdict', "up to line 1"),
+    ("eval.py", "--verdicts doubled.jsonl --key key.json", 'line 3: id "1-a" has a verdict already', "in line 1"),
+    ("eval.py", "--verdicts unknown.jsonl --key key.json", 'not "A"', 'needs the verdict "1", "2" or "tie"'),
+    ("eval.py", "--verdicts stranger.jsonl --key key.json", 'id "9-z" is not in key.json', "line 1"),
 
     # --- the model
     ("rm.py", "--model polcy", "polcy: no such model folder", "`save_pretrained` folder is needed"),
@@ -157,7 +185,7 @@ MISTAKES = [
     ("data.py label", "--samples same.jsonl", "the two responses are equal", "hotter"),
     ("data.py split", "--source a/b/train.jsonl", "neither a file here nor to be had from the hub", "give a local file"),
     ("data.py split", "--valid_share 0.9", "24 prompts are too few", "--valid_share 0.9"),
-    ("data.py split", "--ood pairs.jsonl", "each of its prompts is in pairs.jsonl too", "another domain"),
+    ("data.py split", "--ood pairs.jsonl", "0 of its prompts are not in pairs.jsonl too", "another domain"),
 
     # --- numbers that blow up on the way: nothing of it is written
     ("rm.py", "--lr 1e30", "loss nan", "lower --lr"),
@@ -193,6 +221,9 @@ WORKS = [
     *[(command, "", "") for command in SOUND if command != "eval.py"],
     ("rm.py", "--data bom.jsonl", ""), ("rm.py", "--data crlf.jsonl", ""), ("rm.py", "--data zipped", ""),
     ("rm.py", "--out done", "skipped"),  # the same options, the same inputs
+    ("eval.py compare", "--out judged", "skipped"),
+    ("eval.py", "--verdicts sound.jsonl --key key.json", "win 50.0 %"),
+    ("metarm.py", "--save_adapted empty-folder", ""),
     ("rm.py", "--out empty-folder", ""),
     ("rm.py", "--model rm", ""),  # goes on from its head
     ("rm.py", "--data no-prompt.jsonl", ""),
@@ -236,6 +267,10 @@ def world(tmp_path_factory):
         "long.jsonl": rows_of(long), "some-long.jsonl": rows_of(*pairs, long),
         "bom.jsonl": "\ufeff" + text, "crlf.jsonl": text.replace("\n", "\r\n"),
         "latin-1.jsonl": latin.encode("latin-1"), "utf-16.jsonl": text.encode("utf-16"), "zipped": zipped,
+        "key.json": json.dumps({"policies": ["a", "b"], "prompts": 2, "answer_1": {"1-a": 0, "2-b": 1}}),
+        **{f"{name}.jsonl": rows_of(*({"id": id, "verdict": verdict} for id, verdict in verdicts)) for name, verdicts in {
+            "sound": [("1-a", "1"), ("2-b", "1")], "missing": [("1-a", "1")], "doubled": [("1-a", 1), ("2-b", 2), ("1-a", 2)],
+            "unknown": [("1-a", "1"), ("2-b", "A")], "stranger": [("9-z", "1"), ("1-a", "2")]}.items()},
         "cut.jsonl.gz": zipped[:-50], "damaged.jsonl.gz": zipped[:60] + b"?" + zipped[61:], "notes/a.txt": "mine",
     }.items():
         (world / name).parent.mkdir(exist_ok=True)
@@ -249,6 +284,7 @@ def world(tmp_path_factory):
         patch.chdir(world)
         for flags in ("--out done", "--out rm --model gpt2"):
             assert rm.main([*SOUND["rm.py"].split(), *flags.split()]) == 0
+        assert report_card.main([*SOUND["eval.py compare"].split(), "--out", "judged"]) == 0
 
     def copy(name, base="policy"):
         return Path(shutil.copytree(world / base, world / name))
@@ -277,6 +313,9 @@ def world(tmp_path_factory):
         model.save_pretrained(world / name)
     causal.from_config(transformers.LlamaConfig(**{**config, "vocab_size": 60})).save_pretrained(copy("other-tokenizer"))
     classifier.from_pretrained(world / "policy", num_labels=2).save_pretrained(copy("two-labels"))
+    model = classifier.from_pretrained(world / "policy", num_labels=1)
+    model.config.max_position_embeddings = 4
+    model.save_pretrained(copy("short-rm"))
     tokenizer = make_tokenizer(encoder=True, eos="[SEP]")
     tokenizer.save_pretrained(world / "bert")
     transformers.AutoModelForMaskedLM.from_config(transformers.BertConfig(
@@ -287,7 +326,7 @@ def world(tmp_path_factory):
 
 
 def argv_of(command, added):
-    module, *mode = command.rstrip("!").split()
+    module, *mode = command.rstrip("!").removesuffix(" compare").split()  # that one is a mode in name only
     return module, [*mode, *("" if command.endswith("!") else SOUND[command]).split(), *added.split()]
 
 
@@ -344,15 +383,17 @@ def test_what_works(world, monkeypatch, capfd, command, added, said):
     monkeypatch.chdir(world)
     before = everything(world)
     module, argv = argv_of(command, added)
-    out = world / argv[len(argv) - 1 - argv[::-1].index("--out") + 1]
+    out = world / (argv[len(argv) - argv[::-1].index("--out")] if "--out" in argv else "done")
     assert MODULES[module].main(argv) == 0
     told = capfd.readouterr()
     assert said in told.out + told.err and "error" not in told.err
     if added in ("--data bom.jsonl", "--data crlf.jsonl", "--data zipped"):  # the same rows, so the same weights
         assert (out / "model.safetensors").read_bytes() == (world / "done/model.safetensors").read_bytes()
-    if out.name != "done":
+    if out.name not in ("done", "judged"):
         shutil.rmtree(out)
-        out.name == "empty-folder" and out.mkdir()
+    if "empty-folder" in argv:
+        shutil.rmtree(world / "empty-folder", ignore_errors=True)
+        (world / "empty-folder").mkdir()
     assert everything(world) == before
 
 
