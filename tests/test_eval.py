@@ -540,6 +540,35 @@ def test_blind_pairs_and_their_verdicts_round_trip(world, tmp_path, capsys):
     refused(capsys, "--verdicts", tmp_path / "none.jsonl", "--key", out / "key.json", words=["none.jsonl"])
 
 
+def test_a_table_over_seeds(tmp_path, capsys):
+    """Mean ± SD over the runs that have a figure; one of them has a round less."""
+    for seed, (gold, win) in enumerate([(0.5, 40.0), (0.7, 60.0)]):
+        policies = {name: {"figures": {"RM": 1.0, "gold": gold, "KL": None, "Self-BLEU": 0.5},
+                           "against": {"SFT": {"win": win, "tie": 20.0, "lose": 10.0}} if name != "sft" else {}}
+                    for name in ("sft", "ppo-1", "ppo-2")[:3 - seed]}
+        rms = {"rm0": {"accuracy": {"D, noisy": 60.0 + seed}, "shifted": {"J": 0.4, "gap, SD": 1.0}}}
+        signs = {"mean length, words": {"before": 10.0, "after": None if seed else 12.0, "there?": "yes" if seed else "**no**"}}
+        (tmp_path / str(seed)).mkdir()
+        data.write_text(tmp_path / str(seed) / "results.json", json.dumps({"illness": signs, "policies": policies, "rms": rms}))
+    assert report_card.main(["--runs", f"{tmp_path}/0,{tmp_path}/1"]) == 0
+    assert capsys.readouterr().out == f"""Over 2 seeds ({tmp_path}/0,{tmp_path}/1), mean ± SD.
+
+| the illness | before | after | there, of 2 |
+|---|---|---|---|
+| mean length, words | 10.00 ± 0.00 | 12.00 ± 0.00 | 1 |
+
+| policy | RM, SD above SFT | gold, SD above SFT | win − lose against SFT | PPO on RM0 | DPO | KL, nats | Self-BLEU |
+|---|---|---|---|---|---|---|---|
+| SFT | 1.00 ± 0.00 | 0.60 ± 0.14 | – | – | – | – | 0.50 ± 0.00 |
+| PPO on RM0, round 1 | 1.00 ± 0.00 | 0.60 ± 0.14 | 40.0 ± 14.1 | – | – | – | 0.50 ± 0.00 |
+| PPO on RM0, round 2 | 1.00 ± 0.00 | 0.50 ± 0.00 | 30.0 ± 0.0 | – | – | – | 0.50 ± 0.00 |
+
+| RM | D, noisy, % | D, gold, % | SFT, % | shifted, % | OOD, % | J, shifted | gap, shifted, SD |
+|---|---|---|---|---|---|---|---|
+| RM0 | 60.5 ± 0.7 | – | – | – | – | 0.400 ± 0.000 | 1.00 ± 0.00 |
+"""
+
+
 @pytest.mark.parametrize("flags", [
     "", "--run r --out o", "--judge j --policies a,b --prompts p", "--policies a,b --out o", "--verdicts v",
     "--judge j --blind --policies a,b --prompts p --out o", "--run r --verdicts v --key k"])
