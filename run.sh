@@ -113,7 +113,7 @@ case $preset in
   toy | smoke)
     rounds=3 k=5 world=()
     sft_flags=(--lr 5e-3 --batch_size 32 --epochs 4)
-    rm_flags=(--lr 3e-4 --batch_size 16)
+    rm_flags=(--lr 3e-4 --batch_size 16 --log_every 40)
     meta_flags=(--eta 0.1 --normalize)
     dpo_flags=(--lr 1e-4 --batch_size 16)
     sample_flags=(--max_new_tokens 48 --batch_size 512)
@@ -248,10 +248,10 @@ else # two cores: two at a time
   echo "== $rounds round(s) of MetaRM here; its controls beside it on the other core (their progress: $run/controls.log)"
   export OMP_NUM_THREADS=1
   set -m  # a process group of its own: Ctrl-C here then stops it as a whole, the Python inside included
-  { vanilla_arm; judge; reseeded_arm; } > "$run/controls.log" 2>&1 &
+  { vanilla_arm; judge; reseeded_arm; dpo_arm; } > "$run/controls.log" 2>&1 &
   controls=$!
   set +m
-  metarm_arm; dpo_arm
+  metarm_arm
   echo "== waiting for the controls"
   wait "$controls" || { tail -n 5 "$run/controls.log" >&2; exit 1; }
   controls=""
