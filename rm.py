@@ -470,11 +470,12 @@ def train(cfg: RMConfig) -> None:
         model.to(device)
         if cfg.gradient_checkpointing:
             checkpoint_gradients(model)
-        kept_pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data, as_text=True)
-        pairs = encode_pairs(model, tokenizer, kept_pairs, 0, cfg.data)
+        if cfg.weight_by:  # the weights are read off the texts, of the pairs that stay
+            raw_pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data, as_text=True)
+        pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
         weights = None
         if cfg.weight_by:
-            weights = pair_weights(kept_pairs, cfg.weight_by, cfg.ref_policy or cfg.model, cfg.tau).to(device)
+            weights = pair_weights(raw_pairs, cfg.weight_by, cfg.ref_policy or cfg.model, cfg.tau).to(device)
             print(f"{cfg.out}: weights of D from {weights.min():.2f} to {weights.max():.2f}, worth "
                   f"{(weights.sum() ** 2 / (weights ** 2).sum()).item():.0f} pairs of {len(weights)}")
         held_out = encode_pairs(model, tokenizer, held_out, cfg.max_length, cfg.eval_data, as_text=True)

@@ -31,17 +31,14 @@ shift || true
 # ---------------------------------------------------------------------------------------------------- set-up
 # .venv is made once; the list it was made from is kept in it, so that a changed or half-done install is mended.
 # (The bench has one of its own: what it compares with is nothing that this project needs.)
-venv=.venv
-[ "$preset" != bench ] || venv=.venv-bench
+venv=.venv list=requirements.txt
+[ "$preset" != bench ] || venv=.venv-bench list=docs/bench/requirements.txt
 install() {
   [ -x $venv/bin/python ] || python3 -m venv $venv
   cmp -s "$1" "$venv/$2" || { $venv/bin/python -m pip install -q -r "$1" && cp "$1" "$venv/$2"; }
 }
 if [ -z "${PYTHON:-}" ]; then
-  case $preset in
-    bench) install docs/bench/requirements.txt installed.txt ;;
-    *) install requirements.txt installed.txt ;;
-  esac
+  install $list installed.txt
   [ "$preset" != test ] || install tests/requirements.txt installed-tests.txt
   PYTHON=$venv/bin/python
 fi
