@@ -116,7 +116,7 @@ def test_arms_and_their_knobs():
     assert flags.keys() == {"world", "sft", "rm", "meta", "dpo", "sample", "meta_sample", "ppo", "eval"}
     assert study.value_of(flags["ppo"], "steps") > 0 and study.value_of(["--lr", "1", "--lr", "2"], "lr") == 2
     assert "lr" not in study.knobs_of("ocrm", settings) and "kl_coef" not in study.knobs_of("ppo", settings)     # run.sh's
-    assert study.value_of(flags["ppo"], "kl_coef") < min(study.ARMS["ppo-tuned"][2])
+    assert study.value_of(flags["ppo"], "kl_coef") in study.ARMS["ppo-tuned"][2]
     for wrong in ("metarm", "metarm-first@eta", "metarm-first@eta=x", "metarm-first@etta=1"):
         with pytest.raises(ValueError, match="--arms"):
             study.split_arm(wrong)

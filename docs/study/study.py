@@ -16,7 +16,7 @@ statistics, the stop rules, the verdicts and the page.
 
 THE RULES, fixed before the main seeds were run
   Tuning    each arm that has a knob gets three settings of it (ARMS below), on the tuning seeds, with the same rounds;
-            the highest gold reward on VALIDATION prompts wins. `random` has metarm-first's eta: it is defined by having
+            the highest gold reward on VALIDATION prompts, mean over these rounds, wins. `random` has metarm-first's eta: it is defined by having
             the same length. `ppo` and `ocrm` are what was published: no knob; each has a tuned brother. Tuning seeds are
             never main seeds, and no main seed is dropped.
   Primary   round 3 of every arm. Secondary: the round with the highest gold on validation prompts, for every RL arm.
@@ -31,6 +31,7 @@ THE RULES, fixed before the main seeds were run
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -68,7 +69,7 @@ ETAS = (0.03, 0.1, 0.3)  # the climb's length, normalised: a third, one and thre
 ARMS = {
     "dpo":          ("none", "beta", (0.03, 0.1, 0.3), 0.1),
     "ppo":          ("rm0", "", (), None),
-    "ppo-tuned":    ("rm0", "kl_coef", (0.01, 0.03, 0.1), 0.03),
+    "ppo-tuned":    ("rm0", "kl_coef", (0.003, 0.02, 0.1), 0.02),
     "reseeded":     ("plain", "lr", (1.5e-4, 3e-4, 6e-4), 3e-4),
     "random":       ("random", "", (), None),
     "metarm-first": ("first", "eta", ETAS, 0.1),
@@ -211,7 +212,9 @@ def reward_model(home: Path, arm: str, round_: int, last: Path, knobs: dict, see
                               knobs["eta" if kind == "random" else "lam"], value_of(training, "lr"),
                               int(value_of(training, "batch_size")), seed))
         return here / "rm"
-    call(metarm.main, *training, "--meta", S, "--order", "exact" if kind == "exact" else "first", "--eta", knobs["eta"],
+    if arm != page.METHOD:  # Figure 4 is of the method itself; the others spare themselves its looks at the held-out pairs
+        del training[4:6]
+    call(metarm.main, *training, "--log_every", 28, "--meta", S, "--order", "exact" if kind == "exact" else "first", "--eta", knobs["eta"],
          "--normalize", "--seed", seed, "--out", here / "rm", "--save_adapted", here / "adapted")
     return here / ("adapted" if kind == "adapted" else "rm")
 
@@ -285,11 +288,11 @@ def gold_as_reward():
 
 
 def gold_policy(home: Path, until: float, most: int, model: Path, seed: int, flags: dict) -> Path:
-    """PPO on the gold reward, a third of a round at a time, until it is as far from SFT as vanilla PPO: `until` nats.
-    Its samples are shifted as far, but no RM chose them: no arm's own mistakes are in them."""
+    """PPO on the gold reward, a third of a round at a time, until it is as far from SFT as vanilla PPO: `until` nats;
+    for twice as many rounds as that had, at most. Its samples are shifted as far, but no RM chose them: no arm's own mistakes are in them."""
     last, tried = home / "sft", {}
     with gold_as_reward():
-        for part in range(1, 3 * most + 1):
+        for part in range(1, 6 * most + 1):
             last = improve(home, "gold", part, last, model, {"steps": max(1, int(value_of(flags["ppo"], "steps")) // 3)}, seed, flags,
                            home / f"gold-{part}/policy")
             tried[last] = final_kl(last)
@@ -356,13 +359,16 @@ def measure_policy(home: Path, policy: Path, own: dict, rivals: dict, sft: dict,
 
 
 def curve(policy: Path, reward_on_sft: np.ndarray, gold_on_sft: np.ndarray, parts: int = 3) -> dict[str, float]:
-    """Gold and promised reward over KL during PPO, SD above SFT: what Gao et al. (2022) plot, in a few points a round."""
+    """Gold and promised reward over KL during PPO, SD above SFT: what Gao et al. (2022) plot, in a few points a round;
+    and the variance of the difference of two rollouts to one prompt, SD^2: the paper's Figure 1."""
     steps, row = data.read_jsonl(policy / "rollouts.jsonl"), {}
     for i, some in enumerate(np.array_split(np.arange(len(steps)), min(parts, len(steps)))):
         some = [steps[j] for j in some]
-        gold = [data.gold_reward(x, y) for step in some for x, ys in zip(step["prompts"], step["responses"]) for y in ys]
-        row |= {f"curve{i}.kl": np.mean([step["kl"] for step in some]), f"curve{i}.gold": in_sd(gold, gold_on_sft).mean(),
-                f"curve{i}.rm": in_sd([step["scores"] for step in some], reward_on_sft).mean()}
+        gold = [[data.gold_reward(x, y) for y in ys] for step in some for x, ys in zip(step["prompts"], step["responses"])]
+        row[f"curve{i}.kl"] = np.mean([step["kl"] for step in some])
+        for name, rewards, on_sft in (("gold", gold, gold_on_sft), ("rm", sum((step["scores"] for step in some), []), reward_on_sft)):
+            rewards = in_sd(rewards, on_sft)
+            row |= {f"curve{i}.{name}": rewards.mean(), f"curve{i}.{name}_variance": report_card.spread(rewards)["variance"]}
     return row
 
 
@@ -499,7 +505,7 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
             D = preferences(home, knobs, seed)
             place["pairs"] = data.read_preferences(D / "valid.jsonl")
             model, previous = models.get((arm, r)), models.get((arm, r - 1), base)
-            parts = [policies[arm, r], model, previous, vanilla, gold, D, *place["rivals"].values(), data.__file__]
+            parts = [policies[arm, r], model, previous, vanilla, gold, D, *place["rivals"].values()]
             made_from = [MEASURES, arm, r, place["embedder"] == str(home / "sft") or config.embedder,
                          *(data.fingerprint(str(path)) for path in parts if path)]
             file = home / "cells" / f"{arm}-{r}.json"
@@ -510,7 +516,8 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
                     found |= {"by_gold.kl": final_kl(gold), "by_gold.gold": in_sd(place["gold"]["test"][2], place["sft"]["test"][2]).mean()}
                 seconds, start = time.monotonic() - start, time.monotonic()
                 found = {name: float(f"{value:.4g}") for name, value in found.items() if value == value
-                         and not ("@" in arm and name.startswith(NO_VARIANT))}
+                         and not ("@" in arm and name.startswith(NO_VARIANT) or arm != "ppo" and name.startswith("curve")
+                                  and name.endswith("variance"))}
                 data.write_text(file, json.dumps({"made_from": made_from, "seconds": round(seconds, 1), "figures": found}))
                 say(f"{task}, seed {seed}: {arm}, round {r}: gold {found['gold']:+.2f} SD above SFT, KL {found.get('kl', 0):.1f} "
                     f"nats ({seconds:.0f} s)")
@@ -527,7 +534,7 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
 
 
 NO_VARIANT = ("curve", "epoch", "shifted.gap", "cos", "climb", "weight")  # no table asks these of an arm with a changed knob
-MEASURES = 1  # raise it when a measure changes: cells are then measured anew, not trained anew
+MEASURES = 1  # raise it when a measure, or the gold reward, changes: cells are then measured anew, not trained anew
 
 
 def flags_of(config: "Config") -> dict:
@@ -546,7 +553,7 @@ def watch_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_jobs(jobs: list[tuple], config: "Config") -> None:
+def run_jobs(jobs: list[tuple], config: "Config", after_each=lambda: None) -> None:
     """One process a core; a seed that fails does not stop the others, but the command ends with its error."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
@@ -557,6 +564,7 @@ def run_jobs(jobs: list[tuple], config: "Config") -> None:
         for future in as_completed(waiting):
             try:
                 print(future.result(), flush=True)
+                after_each()
             except Exception as error:
                 failed.append(f"{waiting[future][0]}, seed {waiting[future][1]}: {error or type(error).__name__}")
                 print(failed[-1], file=sys.stderr, flush=True)
@@ -630,7 +638,8 @@ def tune(config: Config, settings: dict) -> None:
         chosen, trials = settings.setdefault("chosen", {}).setdefault(task, {}), settings.setdefault("trials", {}).setdefault(task, {})
         for arm in arms:
             knob, at = ARMS[arm][1], tried[task]
-            worth = {f"{value:g}": float(np.mean(list(table[task, label, at[label], "gold.valid"].values())))
+            worth = {f"{value:g}": float(np.mean([x for r in range(1, at[label] + 1) or [0]
+                                                  for x in table[task, label, r, "gold.valid"].values()]))
                      for value in ARMS[arm][2] for label in [f"{arm}@{knob}={value:g}"]}
             best = max(worth, key=worth.get)
             chosen[arm] = {knob: float(best)}
@@ -761,10 +770,16 @@ def study(config: Config) -> None:
                 arms = main_arms(task, config, own) if phase == "main" else boundary_arms(config)
                 if phase == "main" or task == "dialogue":
                     jobs += [(task, seed, arms, config, own) for seed in (seeds if phase == "main" else seeds[:BOUNDARY_SEEDS])]
+            keep = functools.partial(write_csv, config, [(task, seed) for task in names(config.tasks) for seed in seeds])
+            there = {row[:4] for row in page.read_rows(Path(config.out) / "study.csv")}
+            todo = [job for job in jobs if (Path(config.runs) / "-".join(map(str, job[:2])) / "cells").exists() or not there >= {
+                (*job[:2], arm, r) for arm, last in job[2].items() for r in (range(1, last + 1) if last else [0])}]
+            if len(todo) < len(jobs):  # made elsewhere, or the models were deleted
+                print(f"study.py: {len(jobs) - len(todo)} seeds are whole in {config.out}/study.csv: skipped", flush=True)
             try:
-                run_jobs(jobs, config)
+                run_jobs(todo, config, keep)
             finally:  # what is finished counts
-                write_csv(config, [(task, seed) for task in names(config.tasks) for seed in seeds])
+                keep()
 
 
 def main(argv: list[str] | None = None) -> int:
