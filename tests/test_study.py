@@ -174,7 +174,7 @@ METRICS = ("by_gold.kl gold gold.valid gold.ood words distinct bleu cosine win.s
            "cos.early cos.late climb.L climb.L_taylor climb.J weight.mean weight.rho_gap weight.flipped").split()
 METRICS += [f"{s}.{m}" for s in ("shifted", "gold", "adapted.shifted") for m in
             "acc matched rho J J_sd margin margin_sd variance variance_sd".split()]
-METRICS += [f"curve{i}.{m}" for i in range(3) for m in ("kl", "gold", "rm")] + [f"epoch{i}" for i in (0, 4, 8, 12, 16)]
+METRICS += [f"curve{i}.{m}" for i in range(3) for m in ("kl", "gold", "rm", "gold_variance", "rm_variance")] + [f"epoch{i}" for i in (0, 4, 8, 12, 16)]
 METRICS += [f"shifted.gap{q}" for q in (10, 25, 50, 75, 90)]
 
 
@@ -211,9 +211,9 @@ def test_the_page_is_made_of_the_csv_alone(made_up):
 
 
 def test_pictures(made_up, tmp_path):
-    page.pictures(study.page_of(made_up)[1], "summary", tmp_path, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"summary-{name}.png" for name in
-                                                                ("accuracy", "fig1", "fig4", "fig5", "gold_over_kl")]
+    page.pictures(study.page_of(made_up)[1], "dialogue", tmp_path, 3, study.BOUNDARY, study.ONLY_METARM)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"dialogue-{name}.png" for name in ("accuracy", "boundary", "fig1", "fig4", "fig5", "gold_over_kl", "ood")]
 
 
 @pytest.mark.skipif(not (STUDY / "study.csv").exists(), reason="the study has not been run: there is no docs/study/study.csv")

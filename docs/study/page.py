@@ -251,6 +251,21 @@ def verdicts(table: Table, task: str, settings: dict, primary: int, margins: dic
     return found
 
 
+def where_it_helps(table: Table, task: str, boundary: dict, only: tuple) -> dict[str, dict]:
+    """{what is moved: {metric: {seed: MetaRM minus the reseeded plain RM under it}}}, on the seeds of the boundary; what the
+    control knows nothing of (`only`) is held against it as it is."""
+    get = lambda arm, metric: table.get((task, arm, 2, metric), {})
+    seeds = {seed for knobs in boundary.values() if knobs for seed in get(f"{METHOD}@{knobs}", "gold")}
+    found = {}
+    for label, knobs in boundary.items():
+        suffix = f"@{knobs}" if knobs else ""
+        rival = "reseeded" + ("" if knobs.split("=")[0] in only else suffix)
+        row = {metric: {seed: x for seed, x in minus(get(METHOD + suffix, metric), get(rival, metric)).items() if seed in seeds}
+               for metric in ("gold", "shifted.matched", "gold.matched")}
+        found |= {label: row} if row["gold"] else {}
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------- the page
 
 NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO on RM₀", "ppo-tuned": "PPO on RM₀, KL weight tuned", "reseeded": "plain RM, reseeded",
@@ -343,13 +358,8 @@ def task_page(table: Table, task: str, settings: dict, primary: int, margins: di
                 curves.setdefault((arm, x), {})[seed] = y
     on = lambda arm, metric: show(get(arm, metric), 1)
     theta = [arm for arm in arms if get(arm, "adapted.shifted.J")]
-    moved, seeds = [], sorted({seed for knobs in boundary.values() if knobs for seed in get(f"{METHOD}@{knobs}", "gold", 2)})
-    for label, knobs in boundary.items():
-        suffix = f"@{knobs}" if knobs else ""
-        rival = "reseeded" + ("" if knobs.split("=")[0] in only else suffix)
-        row = [show({seed: x for seed, x in minus(get(METHOD + suffix, metric, 2), get(rival, metric, 2)).items() if seed in seeds}, digits)
-               for metric, digits in (("gold", 2), ("shifted.matched", 1), ("gold.matched", 1))]
-        moved += [[label, *row]] if set(row) != {"–"} else []
+    moved = where_it_helps(table, task, boundary, only)
+    seeds = len(next(iter(moved.values()), {}).get("gold", {}))
     of_ood = [arm for arm in NAMES if any((t, a) == (task, f"{arm}@ood=1") for t, a, *_ in table)]
     ood = f"""### OOD: S and PPO on OOD prompts (win / tie / lose on OOD test prompts, %)
 
@@ -358,9 +368,12 @@ def task_page(table: Table, task: str, settings: dict, primary: int, margins: di
 ![OOD]({task}-ood.png)
 
 """ if of_ood else ""
-    where = f"""### Where does it help? MetaRM minus the reseeded plain RM, {len(seeds)} seeds, round 2
+    where = f"""### Where does it help? MetaRM minus the reseeded plain RM, {seeds} seeds, round 2
 
-{markdown(["what is moved", "gold, SD", "accuracy, shifted", "accuracy, no RM chose"], moved)}
+{markdown(["what is moved", "gold, SD", "accuracy, shifted", "accuracy, no RM chose"], [[label, *(show(row[metric], digits) for metric, digits in (
+    ("gold", 2), ("shifted.matched", 1), ("gold.matched", 1)))] for label, row in moved.items()])}
+![where it helps]({task}-boundary.png)
+
 """ if len(moved) > 1 else ""
     stops = judge_rules(table, task, METHOD, settings.get("thresholds", {}).get(task, {}), primary)
     return f"""## {task.capitalize()}
@@ -424,7 +437,7 @@ and J. weight: 1 − σ(margin), its change from θ to θ′ on held-out pairs o
 
 # ------------------------------------------------------------------------------------------------------- pictures
 
-def pictures(table: Table, task: str, folder: Path, primary: int) -> None:
+def pictures(table: Table, task: str, folder: Path, primary: int, boundary: dict, only: tuple) -> None:
     """One message each; an arm has one colour throughout. Written whole or not at all."""
     from matplotlib import figure, rcParams
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 11})
@@ -453,9 +466,11 @@ def pictures(table: Table, task: str, folder: Path, primary: int) -> None:
                 axes.plot(*zip(*points), ".-", color=COLOURS[arm], lw=1.8, label=named(arm))
 
     def spread(axes):
-        for metric, label, style in (("variance_sd", "by RM₀", "-"), ("gold_variance", "by gold", "--")):
-            points = [mean("ppo", f"sft.{metric}", 1), *(mean("ppo", f"own.{metric}", r) for r in rounds)]
-            axes.errorbar([0, *rounds], [p[0] for p in points], [[p[0] - p[1] for p in points], [p[2] - p[0] for p in points]], fmt=f"o{style}",
+        places = [(r, i) for r in rounds for i in range(3)]  # a third of a round's PPO steps each
+        for judge, at_sft, label, style in (("rm", "sft.variance_sd", "by RM₀", "-"), ("gold", "sft.gold_variance", "by gold", "--")):
+            points = [mean("ppo", at_sft, 1), *(mean("ppo", f"curve{i}.{judge}_variance", r) for r, i in places)]
+            axes.errorbar([0, *(r - 1 + (i + 0.5) / 3 for r, i in places)], [p[0] for p in points],
+                          [[p[0] - p[1] for p in points], [p[2] - p[0] for p in points]], fmt=f"o{style}",
                           color=COLOURS["ppo"] if style == "-" else "#000000", capsize=3, label=label)
 
     def epoch(axes):
@@ -489,7 +504,7 @@ def pictures(table: Table, task: str, folder: Path, primary: int) -> None:
     seeds = len(table.get((task, METHOD, primary, "gold"), {}))
     draw("gold_over_kl", f"What the policies are worth, and what their RMs promise, {seeds} seeds", over_kl, (11, 4.5), 2,
          xlabel="KL to the SFT policy, nats", ylabel="reward, SD above SFT")
-    draw("fig1", "Spread of two answers to one prompt, while PPO goes on against RM₀", spread, xlabel="round (0: before PPO)",
+    draw("fig1", "Spread of two answers to one prompt, while PPO goes on against RM₀", spread, xlabel="rounds of PPO done",
          ylabel="variance of the difference, SD²", ylim=(0, None), xticks=[0, *rounds])
     draw("fig4", "Accuracy on held-out pairs of D over the one epoch", epoch, xlabel="share of the epoch", ylabel="right, % (noisy labels)")
     draw("fig5", "How far apart the RMs hold two of vanilla PPO's answers", distribution, (9, 4.5), xlabel="gap |r − r′|, SD", ylabel="pairs further apart, %")
@@ -498,3 +513,12 @@ def pictures(table: Table, task: str, folder: Path, primary: int) -> None:
     if ood:
         draw("ood", "Against SFT on OOD prompts, S and PPO there (95 %)", lambda axes: bars(axes, ood), (9, 1.5 + 0.35 * len(ood)),
              xlabel="wins − losses, points")
+
+    def helps(*row):
+        for axes, metric, heading in zip(row, ("gold", "shifted.matched", "gold.matched"), (
+                "gold reward, SD", "accuracy, PPO's samples, points", "accuracy, no RM chose, points")):
+            bars(axes, [(label, COLOURS[METHOD], t_interval(figures[metric].values())) for label, figures in moved.items()], heading)
+
+    moved = where_it_helps(table, task, boundary, only)
+    if len(moved) > 1:
+        draw("boundary", "Where does it help? MetaRM minus the reseeded plain RM, round 2 (95 %)", helps, (11, 1.5 + 0.35 * len(moved)), 3)

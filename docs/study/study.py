@@ -726,7 +726,7 @@ def write_page(config: Config) -> None:
         raise ValueError(f"{folder / 'study.csv'}: no such file; run --phase main first")
     text, table = page_of(folder)
     for task in sorted({key[0] for key in table}):
-        page.pictures(table, task, folder, PRIMARY)
+        page.pictures(table, task, folder, PRIMARY, BOUNDARY, ONLY_METARM)
     data.write_text(folder / "README.md", text)
     front = HERE.parents[1] / "README.md"  # quotes the first lines, between two marks
     if folder.resolve() == HERE and MARKS[0] in front.read_text(encoding="utf-8"):
