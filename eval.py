@@ -136,6 +136,9 @@ RL_ARMS = ("ppo", "reseeded", "metarm")  # ARM-r: an arm's policy of round r, an
 NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO on RM0", "reseeded": "reseeded RM", "metarm": "MetaRM", "rm0": "RM0",
          "oracle": "gold-label RM", "gold": "gold"}
 COLOURS = {"ppo": "#0072B2", "rm0": "#0072B2", "reseeded": "#009E73", "metarm": "#D55E00", "gold": "#000000"}
+# When to stop the rounds, without labels: the rule of docs/study that did best, as (signal, go on while it is at least "+"
+# or at most "-" this, the value). Its threshold comes from the toy world: elsewhere, watch where the signal turns.
+STOP = ("KL, nats", "-", 9.0)
 GAP_EDGES = (0.25, 0.375, 0.5, 0.75, 1, 1.5, 2, 3, np.inf)  # bins of |gold gap|, in SDs
 
 
@@ -153,6 +156,22 @@ def trainer_of(policy: str) -> str:
 def last_rounds(policies) -> dict[str, str]:
     """{arm: its policy of the last round}, the RL arms only (in a dict, later rounds replace earlier ones)."""
     return {arm_of(name)[0]: name for name in sorted(policies, key=lambda name: arm_of(name)[1]) if arm_of(name)[1]}
+
+
+def stop_round(signal: list[float], threshold: float, sign: str) -> int:
+    """The last round (from 1) before the signal crosses the threshold; round 1 is always taken."""
+    taken = 0
+    for value in signal:
+        if value < threshold if sign == "+" else value > threshold:
+            break
+        taken += 1
+    return max(1, taken)
+
+
+def before(policy: str) -> str:
+    """The RM that MetaRM had a round earlier: "metarm-2" -> "metarm-1"; before round 1, RM0."""
+    arm, rounds = arm_of(policy)
+    return f"{arm}-{rounds - 1}" if rounds > 1 else "rm0"
 
 
 def title(name: str) -> str:
@@ -190,6 +209,13 @@ def measure(prompts: dict, responses: dict, scores: dict, rollouts: dict, epochs
             "RM": z[trainer_of(policy), policy, "test"].mean(), "gold": z["gold", policy, "test"].mean(),
             "KL": np.mean(curves[policy]["KL"][-5:]) if policy in curves else None, "words": mean_words(texts),
             "distinct": distinct_share(texts), "Self-BLEU": self_bleu(texts)}}
+    signals = {}  # what somebody without labels can look at after each round of MetaRM
+    for policy in sorted((name for name in policies if arm_of(name)[0] == "metarm"), key=lambda name: arm_of(name)[1]):
+        fresh, last_rm = z[policy, policy, "test"], z.get((before(policy), policy, "test"))
+        signals[policy] = {"KL, nats": rows[policy]["figures"]["KL"], **{
+            heading: spread(fresh)[key] for heading, key in (("J, SD units", "J"), ("variance, SD²", "variance"))},
+            "RMs disagree, %": None if last_rm is None else 100 * (1 - agreement(*reward_gaps(fresh, last_rm)).mean()),
+            "D, noisy, %": 100 * agreement(scores[policy, "D", "pairs"] @ [1, -1], 1).mean()}
     examples = [[prompt, {title(name): {
         "": responses[name, "test"][i][0], "RM": z[trainer_of(name), name, "test"][i, 0],
         "gold": z["gold", name, "test"][i, 0]} for name in policies if name in ("sft", "dpo", *last.values())}]
@@ -199,7 +225,10 @@ def measure(prompts: dict, responses: dict, scores: dict, rollouts: dict, epochs
                "ceiling": 100 * agreement(scores["gold", "D", "pairs"] @ [1, -1], 1).mean(), "examples": examples,
                "rms": {name: measure_rm(scores, z, name, last["ppo"], tie)
                        for name, policy, _ in z if policy == "D" and name != "gold"}}
-    return {**results, "illness": illness(results)}
+    signal, sign, threshold = STOP
+    watched = [row[signal] for row in signals.values()]
+    advice = stop_round(watched, threshold, sign) if watched and None not in watched else None
+    return {**results, "signals": signals, "stop after round": advice, "illness": illness(results)}
 
 
 def measure_rm(raw: dict, z: dict, name: str, shifted: str, tie: float) -> dict:
@@ -314,9 +343,22 @@ of gold, and their ratio. ρ: rank correlation with gold within a prompt.
 ![accuracy over the epoch](figures/fig4_rm_accuracy.png)
 ![reward differences](figures/fig5_reward_difference_distribution.png)
 
-## 4. Five test prompts: the first of the file, each policy's first response, RM and gold in SD above SFT's mean
+{when_to_stop(results)}
+## 5. Five test prompts: the first of the file, each policy's first response, RM and gold in SD above SFT's mean
 
 """ + "\n".join(table(rows, corner=prompt) for prompt, rows in results["examples"])
+
+
+def when_to_stop(results: dict) -> str:
+    """The report's advice to somebody without a gold reward."""
+    (signal, sign, threshold), last = STOP, results["stop after round"]
+    here = f"here: **stop after round {last}**" if last else "here it cannot be told"
+    return f"""## 4. When to stop the rounds, if there is no gold reward
+What can be seen without labels after each round of MetaRM: KL to SFT; on fresh samples of its policy, how far apart its RM
+holds them and how often the RM before it orders two of them the other way round; accuracy on D. The rule that did best in
+docs/study: go on while *{signal}* is at {'least' if sign == '+' else 'most'} {threshold:g}; {here}.
+
+{table({title(name): row for name, row in results["signals"].items()}, corner="round")}"""
 
 
 def figures(results: dict, folder: Path) -> None:
@@ -509,7 +551,8 @@ def look(config: EvalConfig, policies: dict[str, Path], models: dict[str, Path])
         model = rm.load_reward_model(str(folder))
         scores |= {(name, policy, domain): scored(config, model, prompts[domain], groups)
                    for (policy, domain), groups in responses.items() if domain == "pairs" or policy == last["ppo"]
-                   or domain == "test" and (policy == "sft" or trainer_of(policy) == name)}
+                   or domain == "test" and (policy == "sft" or trainer_of(policy) == name
+                                            or arm_of(policy)[0] == "metarm" and before(policy) == name)}
     rollouts = {name: [{"KL": row["kl"], "RM": np.array(row["scores"]), "gold": gold(row["prompts"], row["responses"])}
                        for row in data.read_jsonl(path / "rollouts.jsonl")]
                 for name, path in policies.items() if (path / "rollouts.jsonl").exists()}

@@ -268,6 +268,14 @@ def test_report_of_a_run(fake_run, capsys):
     assert row["figures"]["gold"] == pytest.approx(mean, abs=1e-5)
     assert results["rms"]["rm0"]["shifted"]["J"] >= 0.4
     assert {row["there?"] for row in results["illness"].values()} <= {"yes", "**no**", None}
+    # what somebody without labels sees of MetaRM's second round, and the rule's word on it
+    rewards = {name: np.array([[len(y) + random.Random(f"{name}{x}{y}").gauss(0, 5) for y in ys]
+                               for x, ys in zip(PROMPTS["test"], stored["metarm-2-policy"])]) for name in ("metarm-2/rm", "metarm-1/rm")}
+    turned = [(a - b) * (c - d) < 0 for now, then in zip(*rewards.values())
+              for (a, c), (b, d) in itertools.combinations(zip(now, then), 2)]
+    assert results["signals"]["metarm-2"]["RMs disagree, %"] == pytest.approx(100 * np.mean(turned), abs=1e-4)
+    assert list(results["signals"]) == ["metarm-1", "metarm-2"] and results["stop after round"] in (1, 2)
+    assert f"**stop after round {results['stop after round']}**" in text
     # nothing changed: skipped; an option changed: done again, from the stored samples where they still serve
     done = len(calls)
     capsys.readouterr()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from eval import stop_round
+
 # ------------------------------------------------------------------------------------------------------- statistics
 
 def t_cdf(t: float, df: int) -> float:
@@ -139,16 +141,6 @@ def at_best(table: Table, task: str, arm: str, metric: str) -> dict:
 STOP_RULES = {"always the primary round (trivial)": None, "KL to SFT stays below": ("kl", "-"),
               "reward spread on fresh samples stays above": ("own.variance_sd", "+"), "J on fresh samples stays above": ("own.J_sd", "+"),
               "successive RMs agree on fresh samples": ("own.disagree", "-"), "accuracy on held-out D stays above": ("D.noisy", "+")}
-
-
-def stop_round(signal: list[float], threshold: float, sign: str) -> int:
-    """The last round (from 1) before the signal crosses the threshold; round 1 is always taken."""
-    taken = 0
-    for value in signal:
-        if value < threshold if sign == "+" else value > threshold:
-            break
-        taken += 1
-    return max(1, taken)
 
 
 def best_threshold(signals: list[list[float]], gold: list[list[float]], sign: str) -> float:
