@@ -339,7 +339,9 @@ class PPOConfig:
 
 
 def ppo(cfg: PPOConfig, work) -> None:
-    device = rm.pick_device()
+    device, per_step = rm.pick_device(), cfg.batch_size // cfg.rollouts_per_prompt
+    if not per_step:
+        raise ValueError(f"--batch_size {cfg.batch_size} is less than --rollouts_per_prompt {cfg.rollouts_per_prompt}: raise it")
     policy, tokenizer = load_policy(cfg.model)
     ref_policy = load_reference(cfg, policy, tokenizer)
     reward_model, rm_tokenizer = rm.load_reward_model(cfg.reward_model)
@@ -349,9 +351,6 @@ def ppo(cfg: PPOConfig, work) -> None:
     prompts = short_prompts(tokenizer, data.read_prompts(cfg.prompts), cfg.max_length, cfg.max_new_tokens, cfg.prompts)
     prompt_ids = encode_prompts(policy, tokenizer, prompts, cfg.max_new_tokens, cfg.prompts)[cfg.scale_prompts:]
     aside, prompts = prompts[:cfg.scale_prompts], prompts[cfg.scale_prompts:]
-    per_step = cfg.batch_size // cfg.rollouts_per_prompt
-    if not per_step:
-        raise ValueError(f"--batch_size {cfg.batch_size} is less than --rollouts_per_prompt {cfg.rollouts_per_prompt}: raise it")
     if len(prompts) < per_step:
         raise ValueError(f"{cfg.prompts}: {len(prompts)} prompts are left after --scale_prompts {cfg.scale_prompts}; one step "
                          f"takes {per_step}: give more prompts or lower --batch_size")

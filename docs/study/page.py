@@ -329,6 +329,37 @@ def findings(table: Table, settings: dict, primary: int, margins: dict) -> str:
     return "\n".join(lines) + "\n" if lines else "Not run yet.\n"
 
 
+def differs(ours: dict, theirs: dict, digits: int = 2) -> str:
+    """'higher: 0.31 [0.12, 0.50]', 'lower: ...' or 'no different: ...': a difference, seed by seed, and what its interval says."""
+    _, low, high = t_interval(minus(ours, theirs).values())
+    return f"{'higher' if low > 0 else 'lower' if high < 0 else 'no different'}: {show(minus(ours, theirs), digits)}"
+
+
+def meaning(table: Table, task: str, primary: int) -> str:
+    """What the tables say, in words; the words follow from the intervals."""
+    get = lambda arm, metric: table.get((task, arm, 0 if arm in ("sft", "dpo") else primary, metric), {})
+    have = lambda *arms: [arm for arm in arms if get(arm, "gold")]
+    gold = sorted(have(*[arm for arm in NAMES if arm not in ("sft", "oracle")]), key=lambda arm: -t_interval(get(arm, "gold").values())[0])
+    against = lambda metric, other, arms, digits=2: "; ".join(f"{NAMES[arm]} {differs(get(arm, metric), get(other, metric), digits)}" for arm in arms)
+    moved = have(METHOD, *CONTROLS)
+    lines = [
+        f"**The illness.** RM₀ promises {show(get('ppo', 'rm'))} SD more than SFT for its policy; gold gives {show(get('ppo', 'gold'))}. RM₀ orders "
+        f"{show(get('ppo', 'sft.acc'), 1)} % of SFT's pairs right, and of its policy's, at the same gold gap, "
+        f"{show(get('ppo', 'shifted.matched'), 1)} %.",
+        f"**Gold reward against PPO on RM₀.** {against('gold', 'ppo', moved)}.",
+        f"**Accuracy against RM₀ on vanilla PPO's samples, points.** {against('shifted.matched', 'ppo', moved, 1)}. On samples that no RM chose: "
+        f"{against('gold.matched', 'ppo', moved, 1)}. What is gained on the first only is RM₀'s own mistakes, which any other RM does not share.",
+        f"**Figure 5.** J on shifted samples against RM₀'s: {against('shifted.J', 'ppo', have(METHOD, 'metarm-exact', 'joint', 'random', 'reseeded'), 3)}. "
+        f"At θ′ of {NAMES[METHOD]}, against its θ: J {differs(get(METHOD, 'adapted.shifted.J'), get(METHOD, 'shifted.J'), 3)}; accuracy "
+        f"{differs(get(METHOD, 'adapted.shifted.matched'), get(METHOD, 'shifted.matched'), 1)}.",
+        f"**Which pairs weigh more at θ′.** ρ of a pair's gain in weight with its gold gap: {show(get(METHOD, 'weight.rho_gap'))} (above 0: the informative "
+        f"ones); flipped labels gain {show(get(METHOD, 'weight.flipped'), 3)} more than right ones.",
+        f"**What works best here**, by gold reward (labels on S left out): " + "; ".join(f"{NAMES[arm]} {show(get(arm, 'gold'))}" for arm in gold[:4]) + "."
+        + (f" Gold labels on S would give {show(get('oracle', 'gold'))}." if have("oracle") else ""),
+    ]
+    return "".join(f"- {line}\n" for line in lines)
+
+
 def task_page(table: Table, task: str, settings: dict, primary: int, margins: dict, boundary: dict, only: tuple) -> str:
     get = lambda arm, metric, r=primary: table.get((task, arm, r, metric), {})
     rounds = sorted({r for t, a, r, _ in table if t == task and a == METHOD})
@@ -370,6 +401,8 @@ def task_page(table: Table, task: str, settings: dict, primary: int, margins: di
     stops = judge_rules(table, task, METHOD, settings.get("thresholds", {}).get(task, {}), primary)
     return f"""## {task.capitalize()}
 
+### In words
+{meaning(table, task, primary)}
 ### Verdicts
 MetaRM (first order) at round {primary} against the baseline that the claim names; p by Holm over this table; the paper's own
 figure; and whether a control *does as well*.
