@@ -110,7 +110,7 @@ case $preset in
   toy | smoke)
     rounds=3 k=5 world=()
     sft_flags=(--lr 5e-3 --batch_size 32 --epochs 4)
-    rm_flags=(--lr 3e-4 --batch_size 16 --log_every 40)
+    rm_flags=(--lr 3e-4 --batch_size 16 --log_every 85)
     meta_flags=(--eta 0.1 --normalize)
     dpo_flags=(--lr 1e-4 --batch_size 16)
     sample_flags=(--max_new_tokens 48 --batch_size 512)

@@ -97,7 +97,7 @@ def toy_flags() -> dict[str, list[str]]:
     """The flags of run.sh's toy preset, read there, so that the study is of the very loop that everybody runs."""
     preset = (HERE.parents[1] / "run.sh").read_text(encoding="utf-8").partition("  toy | smoke)")[2].partition("[ ")[0]
     flags = {name: text.split() for name, text in re.findall(r"(\w+)_flags=\(([^)]*)\)", preset)}
-    return {"world": [], **flags, "rm": [*flags["rm"], "--log_every", "85"]}  # four or five looks at the held-out pairs: each costs a second
+    return {"world": [], **flags}
 
 
 def value_of(flags: list, name: str) -> float:
