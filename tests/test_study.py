@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import eval as report_card
 import rm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,12 @@ def test_stop_rules():
     assert trivial == {"round": [3, 3], "hit": [True, True], "lost": [2.0, 1.0], "gain": [0.0, 0.0]}
     assert kl == {"round": [2, 2], "hit": [True, True], "lost": [0.0, 0.0], "gain": [2.0, 1.0]}
     assert sum(rule is None for rule in page.STOP_RULES.values()) == 1 and len(page.STOP_RULES) >= 4
+
+
+def test_the_report_gives_the_studys_advice():
+    settings = data.read_json(STUDY / "settings.json")["thresholds"]["dialogue"]
+    rule, sign, threshold = report_card.STOP
+    assert (rule, sign) == ("KL, nats", "-") and threshold == settings["KL to SFT stays below"]
 
 
 def test_the_best_round_is_chosen_on_validation_prompts():

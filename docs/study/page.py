@@ -311,7 +311,8 @@ Settings chosen on the tuning seeds ([settings.json](settings.json); gold reward
 
 def tuning_rows(settings: dict) -> list[list[str]]:
     return [[task, named(arm), trial["knob"], ", ".join(f"{value}: {worth:.2f}" for value, worth in trial["gold"].items()),
-             f"{trial['chosen']:g}"] for task, arms in settings.get("trials", {}).items() for arm, trial in arms.items()]
+             f"{trial['chosen']:g}" + (", an end of the range" if f"{trial['chosen']:g}" in (list(trial["gold"])[0], list(trial["gold"])[-1]) else "")]
+            for task, arms in settings.get("trials", {}).items() for arm, trial in arms.items()]
 
 
 def findings(table: Table, settings: dict, primary: int, margins: dict) -> str:
