@@ -323,7 +323,7 @@ def findings(table: Table, settings: dict, primary: int, margins: dict) -> str:
         seeds = len(table[task, METHOD, primary, "gold"])
         won, lost, open_ = (sum(row["verdict"] == word for row in rows) for word in ("yes", "no", "unclear"))
         gold = {arm: table.get((task, arm, primary, "gold"), {}) for arm in NAMES}
-        lines.append(f"- **{task}**, {seeds} seeds: of {len(rows)} claims {won} hold, {lost} do not, {open_} stay unclear. "
+        lines.append(f"- **{task}**, {seeds} seeds{' so far of 8, which decide nothing' if seeds < 8 else ''}: of {len(rows)} claims {won} hold, {lost} do not, {open_} stay unclear. "
                      f"Gold reward at round {primary}, SD above SFT: " + "; ".join(
                          f"{NAMES[arm]} {show(gold[arm])}" for arm in ("ppo", METHOD, *CONTROLS, "oracle") if gold[arm])
                      + f". MetaRM over {NAMES['reseeded']}: {show(minus(gold[METHOD], gold['reseeded']))}.")
