@@ -209,13 +209,6 @@ def measure(prompts: dict, responses: dict, scores: dict, rollouts: dict, epochs
             "RM": z[trainer_of(policy), policy, "test"].mean(), "gold": z["gold", policy, "test"].mean(),
             "KL": np.mean(curves[policy]["KL"][-5:]) if policy in curves else None, "words": mean_words(texts),
             "distinct": distinct_share(texts), "Self-BLEU": self_bleu(texts)}}
-    signals = {}  # what somebody without labels can look at after each round of MetaRM
-    for policy in sorted((name for name in policies if arm_of(name)[0] == "metarm"), key=lambda name: arm_of(name)[1]):
-        fresh, last_rm = z[policy, policy, "test"], z.get((before(policy), policy, "test"))
-        signals[policy] = {"KL, nats": rows[policy]["figures"]["KL"], **{
-            heading: spread(fresh)[key] for heading, key in (("J, SD units", "J"), ("variance, SD²", "variance"))},
-            "RMs disagree, %": None if last_rm is None else 100 * (1 - agreement(*reward_gaps(fresh, last_rm)).mean()),
-            "D, noisy, %": 100 * agreement(scores[policy, "D", "pairs"] @ [1, -1], 1).mean()}
     examples = [[prompt, {title(name): {
         "": responses[name, "test"][i][0], "RM": z[trainer_of(name), name, "test"][i, 0],
         "gold": z["gold", name, "test"][i, 0]} for name in policies if name in ("sft", "dpo", *last.values())}]
@@ -225,10 +218,23 @@ def measure(prompts: dict, responses: dict, scores: dict, rollouts: dict, epochs
                "ceiling": 100 * agreement(scores["gold", "D", "pairs"] @ [1, -1], 1).mean(), "examples": examples,
                "rms": {name: measure_rm(scores, z, name, last["ppo"], tie)
                        for name, policy, _ in z if policy == "D" and name != "gold"}}
-    signal, sign, threshold = STOP
-    watched = [row[signal] for row in signals.values()]
-    advice = stop_round(watched, threshold, sign) if watched and None not in watched else None
-    return {**results, "signals": signals, "stop after round": advice, "illness": illness(results)}
+    return {**results, **stop_signals(results, z), "illness": illness(results)}
+
+
+def stop_signals(results: dict, z: dict) -> dict:
+    """What somebody without labels can look at after each round of MetaRM, and what the rule STOP makes of it."""
+    rounds = sorted((name for name in results["policies"] if arm_of(name)[0] == "metarm"), key=arm_of)
+    rows, (signal, sign, threshold) = {}, STOP
+    for policy in rounds:
+        fresh, last_rm = z[policy, policy, "test"], z.get((before(policy), policy, "test"))
+        apart = spread(fresh)
+        rows[policy] = {"KL, nats": results["policies"][policy]["figures"]["KL"], "J, SD units": apart["J"],
+                        "variance, SD²": apart["variance"], "RMs disagree, %": None if last_rm is None else
+                        100 * (1 - agreement(*reward_gaps(fresh, last_rm)).mean()),
+                        "D, noisy, %": results["rms"][policy]["accuracy"]["D, noisy"]}
+    watched = [row[signal] for row in rows.values()]
+    told = watched and None not in watched
+    return {"signals": rows, "stop after round": stop_round(watched, threshold, sign) if told else None}
 
 
 def measure_rm(raw: dict, z: dict, name: str, shifted: str, tie: float) -> dict:

@@ -355,7 +355,7 @@ def meaning(table: Table, task: str, primary: int) -> str:
         f"{differs(get(METHOD, 'adapted.shifted.matched'), get(METHOD, 'shifted.matched'), 1)}.",
         f"**Which pairs weigh more at θ′.** ρ of a pair's gain in weight with its gold gap: {show(get(METHOD, 'weight.rho_gap'))} (above 0: the informative "
         f"ones); flipped labels gain {show(get(METHOD, 'weight.flipped'), 3)} more than right ones.",
-        f"**What works best here**, by gold reward (labels on S left out): " + "; ".join(f"{NAMES[arm]} {show(get(arm, 'gold'))}" for arm in gold[:4]) + "."
+        "**What works best here**, by gold reward (labels on S left out): " + "; ".join(f"{NAMES[arm]} {show(get(arm, 'gold'))}" for arm in gold[:4]) + "."
         + (f" Gold labels on S would give {show(get('oracle', 'gold'))}." if have("oracle") else ""),
     ]
     return "".join(f"- {line}\n" for line in lines)

@@ -168,10 +168,11 @@ def preferences(home: Path, knobs: dict, seed: int) -> Path:
     return folder
 
 
-def on_D(home: Path, knobs: dict, seed: int, flags: dict) -> list:
+def on_D(home: Path, knobs: dict, seed: int, flags: dict, looks: bool = True) -> list:
+    """The flags of a training on D; `looks`: at the held-out pairs meanwhile."""
     D = preferences(home, knobs, seed)
-    return ["--model", home / "sft", "--data", D / "train.jsonl", "--eval_data", D / "valid.jsonl", *flags["rm"],
-            *flag(knobs, "lr")]
+    return ["--model", home / "sft", "--data", D / "train.jsonl", *(["--eval_data", D / "valid.jsonl"] if looks else []),
+            *flags["rm"], *flag(knobs, "lr")]
 
 
 def rm0(home: Path, knobs: dict, seed: int, flags: dict) -> Path:
@@ -212,9 +213,8 @@ def reward_model(home: Path, arm: str, round_: int, last: Path, knobs: dict, see
                               knobs["eta" if kind == "random" else "lam"], value_of(training, "lr"),
                               int(value_of(training, "batch_size")), seed))
         return here / "rm"
-    if arm != page.METHOD:  # Figure 4 is of the method itself; the others spare themselves its looks at the held-out pairs
-        del training[4:6]
-    call(metarm.main, *training, "--log_every", 28, "--meta", S, "--order", "exact" if kind == "exact" else "first", "--eta", knobs["eta"],
+    # Figure 4 is of the method itself; the others spare themselves its looks at the held-out pairs
+    call(metarm.main, *on_D(home, knobs, seed, flags, looks=arm == page.METHOD), "--log_every", 28, "--meta", S, "--order", "exact" if kind == "exact" else "first", "--eta", knobs["eta"],
          "--normalize", "--seed", seed, "--out", here / "rm", "--save_adapted", here / "adapted")
     return here / ("adapted" if kind == "adapted" else "rm")
 
@@ -572,6 +572,11 @@ def run_jobs(jobs: list[tuple], config: "Config", after_each=lambda: None) -> No
         raise ValueError(f"{len(failed)} of {len(jobs)} seeds failed; {failed[0]} (the rest of it: --runs, *.log)")
 
 
+def rounds_to(last: int):
+    """The rounds of an arm: 1 .. last; what has none (SFT, DPO) has round 0."""
+    return range(1, last + 1) or [0]
+
+
 # Seconds of a cell with its measuring, one core; and of what a seed needs before its cells. Measured cells say better.
 SECONDS = {"shared": 145, "gold": 25, "none": 10, "rm0": 20, "plain": 44, "ocrm": 56, "random": 49, "joint": 67, "oracle": 98, "first": 63,
            "exact": 98, "adapted": 63}
@@ -588,7 +593,7 @@ def cost_of(jobs: list[tuple], config: "Config") -> tuple[int, int, float]:
                  itertools.chain(*(other.glob("*.json") for other in Path(config.runs).glob(f"{task}-*/cells")))}
         for arm, rounds in arms.items():
             base, knobs = split_arm(arm)
-            for r in range(1, rounds + 1) if rounds else [0]:
+            for r in rounds_to(rounds):
                 every += 1
                 if not (home / "cells" / f"{arm}-{r}.json").exists():
                     todo += 1
@@ -638,7 +643,7 @@ def tune(config: Config, settings: dict) -> None:
         chosen, trials = settings.setdefault("chosen", {}).setdefault(task, {}), settings.setdefault("trials", {}).setdefault(task, {})
         for arm in arms:
             knob, at = ARMS[arm][1], tried[task]
-            worth = {f"{value:g}": float(np.mean([x for r in range(1, at[label] + 1) or [0]
+            worth = {f"{value:g}": float(np.mean([x for r in rounds_to(at[label])
                                                   for x in table[task, label, r, "gold.valid"].values()]))
                      for value in ARMS[arm][2] for label in [f"{arm}@{knob}={value:g}"]}
             best = max(worth, key=worth.get)
@@ -773,7 +778,7 @@ def study(config: Config) -> None:
             keep = functools.partial(write_csv, config, [(task, seed) for task in names(config.tasks) for seed in seeds])
             there = {row[:4] for row in page.read_rows(Path(config.out) / "study.csv")}
             todo = [job for job in jobs if (Path(config.runs) / "-".join(map(str, job[:2])) / "cells").exists() or not there >= {
-                (*job[:2], arm, r) for arm, last in job[2].items() for r in (range(1, last + 1) if last else [0])}]
+                (*job[:2], arm, r) for arm, last in job[2].items() for r in rounds_to(last)}]
             if len(todo) < len(jobs):  # made elsewhere, or the models were deleted
                 print(f"study.py: {len(jobs) - len(todo)} seeds are whole in {config.out}/study.csv: skipped", flush=True)
             try:
