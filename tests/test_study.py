@@ -108,7 +108,9 @@ def test_the_report_gives_the_studys_advice():
 def test_the_best_round_is_chosen_on_validation_prompts():
     rows = [("t", 0, "a", r, metric, value) for metric, values in (("gold", (5, 1, 2)), ("gold.valid", (0, 3, 1)))
             for r, value in enumerate(values, 1)]
-    assert page.best_rounds(page.table_of(rows), "t", "a") == {0: 2} and page.at_best(page.table_of(rows), "t", "a", "gold") == {0: 1}
+    table = page.table_of(rows)
+    assert page.best_rounds(table, "t", "a", 3) == {0: 2} and page.at_best(table, "t", "a", 3, "gold") == {0: 1}
+    assert page.best_rounds(table, "t", "a", 1) == {0: 1}
 
 
 # ------------------------------------------------------------------------------------------------------- arms
@@ -138,6 +140,35 @@ def test_small_mistakes_are_one_line(capsys, tmp_path):
         assert study.main([*argv, "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
         told = capsys.readouterr().err
         assert complaint in told and told.count("\n") == 1, told
+
+
+def test_rounds_of_the_arms():
+    arms = study.main_arms("dialogue", study.Config(), {"etas": {"dialogue": [0.02, 0.2]}})
+    assert arms["sft"] == arms["dpo"] == 0 and arms["ppo"] == arms[page.METHOD] == arms["ocrm"] == 4
+    assert arms["oracle"] == arms["metarm-first@eta=0.2"] == study.PRIMARY == 3 and arms["ocrm@ood=1"] == 2
+    assert set(study.ARMS) < set(arms) and study.main_arms("dialogue", study.Config(arms="dpo,joint", rounds=1), {"etas": {"dialogue": []}}) == {
+        "dpo": 0, "joint": 1}
+
+
+def test_what_the_csv_has_is_not_made_again(monkeypatch, tmp_path):
+    """Of a seed that study.csv has in part, only the rest is made: and vanilla PPO, on whose samples all RMs are measured."""
+    made, policy = [], tmp_path / "policy"
+    policy.mkdir()
+    data.write_text(policy / "x", "x")
+    for name in ("shared", "call", "rm0", "watch_parent", "gold_policy", "preferences", "answers"):
+        monkeypatch.setattr(study, name, lambda *args, **flags: policy)
+    monkeypatch.setattr(study, "final_kl", lambda path: 1.0)
+    monkeypatch.setattr(study, "reward_model", lambda home, arm, r, *rest: made.append(f"{arm}-{r}") or policy)
+    monkeypatch.setattr(study, "improve", lambda *args: policy)
+    monkeypatch.setattr(study, "measure_cell", lambda *args: {"gold": 1.0})
+    monkeypatch.setattr(data, "read_preferences", lambda path: [])
+    config, arms = study.Config(runs=str(tmp_path / "runs")), {"ppo": 4, "reseeded": 2, "random": 2}
+    there = frozenset({("sft", 0), ("ppo", 4), ("reseeded", 1), ("reseeded", 2), ("random", 1)})
+    cost = study.cost_of([("dialogue", 0, arms, config, {}, there)], config)
+    study.job("dialogue", 0, arms, config, {}, there)
+    assert made == ["ppo-1", "ppo-2", "ppo-3", "ppo-4", "random-1", "random-2"]
+    cells = sorted(path.stem for path in (tmp_path / "runs/dialogue-0/cells").iterdir())
+    assert cells == ["ppo-1", "ppo-2", "ppo-3", "random-2"] and cost[:2] == (4, 8)
 
 
 @pytest.fixture(scope="module")

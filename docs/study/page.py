@@ -119,19 +119,19 @@ def net(table: Table, task: str, arm: str, round_: int, rival: str) -> dict:
     return minus(table.get((task, arm, round_, f"win.{rival}"), {}), table.get((task, arm, round_, f"lose.{rival}"), {}))
 
 
-def best_rounds(table: Table, task: str, arm: str) -> dict:
-    """{seed: the round with the highest gold reward on VALIDATION prompts}: the secondary analysis."""
+def best_rounds(table: Table, task: str, arm: str, last: int) -> dict:
+    """{seed: the round, of 1 to `last`, with the highest gold reward on VALIDATION prompts}: the secondary analysis."""
     best: dict = {}
     for (t, a, round_, metric), values in sorted(table.items()):
-        if (t, a, metric) == (task, arm, "gold.valid") and round_:
+        if (t, a, metric) == (task, arm, "gold.valid") and 1 <= round_ <= last:
             for seed, value in values.items():
                 if seed not in best or value > best[seed][1]:
                     best[seed] = round_, value
     return {seed: round_ for seed, (round_, _) in best.items()}
 
 
-def at_best(table: Table, task: str, arm: str, metric: str) -> dict:
-    return {seed: table[task, arm, round_, metric][seed] for seed, round_ in best_rounds(table, task, arm).items()
+def at_best(table: Table, task: str, arm: str, last: int, metric: str) -> dict:
+    return {seed: table[task, arm, round_, metric][seed] for seed, round_ in best_rounds(table, task, arm, last).items()
             if seed in table.get((task, arm, round_, metric), {})}
 
 
@@ -416,7 +416,7 @@ figure; and whether a control *does as well*.
 
 {markdown(["policy", "SFT", "PPO on RM₀", "DPO", "gold", "gold, best round by validation", "promised by its RM", "KL, nats"], [
     [named(arm), *(wtl(arm, last(arm), rival) for rival in ("sft", "ppo", "dpo")), show(get(arm, "gold", last(arm))),
-     show(at_best(table, task, arm, "gold")), show(get(arm, "rm", last(arm))), show(get(arm, "kl", last(arm)), 1)]
+     show(at_best(table, task, arm, primary, "gold")), show(get(arm, "rm", last(arm))), show(get(arm, "kl", last(arm)), 1)]
     for arm in [*arms, *etas]])}
 ### Gold at equal KL (SD above SFT, when the policy was so many nats from SFT; seeds that got there)
 

@@ -19,7 +19,8 @@ THE RULES, fixed before the main seeds were run
             the highest gold reward on VALIDATION prompts, mean over these rounds, wins. `random` has metarm-first's eta: it is defined by having
             the same length. `ppo` and `ocrm` are what was published: no knob; each has a tuned brother. Tuning seeds are
             never main seeds, and no main seed is dropped.
-  Primary   round 3 of every arm. Secondary: the round with the highest gold on validation prompts, for every RL arm.
+  Primary   round 3 of every arm. Secondary: the round with the highest gold on validation prompts, of rounds 1 to 3, for
+            every RL arm. MetaRM (first order), its controls and PPO have a round 4, for the claim of a decline after it.
   Interval  mean and 95 % t interval over seeds; two arms are compared seed by seed (paired).
   Verdict   a claim that something is BETTER: yes, if the difference is above 0 with p < 0.05 after Holm's correction over
             all verdicts of the task; no, if the whole interval lies below the margin, which is the least gain worth having;
@@ -81,6 +82,7 @@ ARMS = {
     "oracle":       ("oracle", "epochs", (1, 2, 4), 2),
 }
 SUMMARY_ARMS = "dpo ppo reseeded random metarm-first ocrm oracle".split()
+LONG_ARMS = ("ppo", "ppo-tuned", "reseeded", "random", "metarm-first", "ocrm")  # --rounds of them; the others end at round 3
 OOD_ARMS = [f"{arm}@ood=1" for arm in ("ppo", "reseeded", "random", "metarm-first", "ocrm")]  # S and PPO on OOD prompts
 TUNING_SEEDS, TUNING_ROUNDS = (100, 101), 2
 PRIMARY, TIE = 3, 0.25
@@ -455,9 +457,10 @@ def measure_cell(home: Path, arm: str, round_: int, policy: Path, model: Path | 
 
 # --------------------------------------------------------------------------------------------- a seed: all of its cells
 
-def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: dict) -> str:
+def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: dict, there: frozenset = frozenset()) -> str:
     """Every cell of one seed, {arm: rounds}. Vanilla PPO and the gold policy come first: all RMs are measured on their
-    samples. What a finished stage made is not made again; what a finished cell measured is not measured again."""
+    samples. What a finished stage made is not made again; what a finished cell measured is not measured again. `there`:
+    the (arm, round)s that study.csv has, of which this machine need not have the models."""
     watch_parent()
     flags, home = flags_of(config), Path(config.runs).resolve() / f"{task}-{seed}"
     home.mkdir(parents=True, exist_ok=True)
@@ -496,9 +499,14 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
                  "gold": answers(home, gold, seed), "embedder": config.embedder or str(home / "sft"),
                  "rivals": {}, "pairs": []}
 
+        file_of = lambda arm, r: home / "cells" / f"{arm}-{r}.json"
+        elsewhere = lambda arm, r: (arm, r) in there and not file_of(arm, r).exists()
+
         def measure(arm, r):
             nonlocal start
-            base_arm, knobs = split_arm(arm)[0], knobs_of(arm, settings)
+            if elsewhere(arm, r):
+                return
+            knobs = knobs_of(arm, settings)
             rival = ("ppo@ood=1" if knobs.get("ood") and ("ppo@ood=1", r) in policies else "ppo", r)
             place["rivals"] = {"sft": home / "sft", "dpo": policies["dpo", 0],
                                **({"ppo": policies[rival]} if rival in policies else {})}
@@ -508,7 +516,7 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
             parts = [policies[arm, r], model, previous, vanilla, gold, D, *place["rivals"].values()]
             made_from = [MEASURES, arm, r, place["embedder"] == str(home / "sft") or config.embedder,
                          *(data.fingerprint(str(path)) for path in parts if path)]
-            file = home / "cells" / f"{arm}-{r}.json"
+            file = file_of(arm, r)
             file.parent.mkdir(exist_ok=True)
             if (data.read_json(file) or {}).get("made_from") != made_from:
                 found = measure_cell(home, arm, r, policies[arm, r], model, place, previous if model else None)
@@ -525,7 +533,8 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
         for arm, r in [("sft", 0), *((arm, 0) for arm in dpo), *(("ppo", r) for r in range(1, rounds + 1))]:
             if arm in arms or arm == "sft":
                 measure(arm, r)
-        others = [arm for arm in arms if arm not in ("sft", "ppo", *dpo)]
+        others = [arm for arm in arms if arm not in ("sft", "ppo", *dpo) and (  # the OOD rival is needed, measured or not
+            arm == OOD_ARMS[0] or not all(elsewhere(arm, r) for r in rounds_to(arms[arm])))]
         for arm in sorted(others, key=lambda arm: not arm.startswith("ppo@")):  # rivals first
             start = time.monotonic()
             for r in walk(arm, arms[arm]):
@@ -585,7 +594,7 @@ SECONDS = {"shared": 145, "gold": 25, "none": 10, "rm0": 20, "plain": 44, "ocrm"
 def cost_of(jobs: list[tuple], config: "Config") -> tuple[int, int, float]:
     """(cells to do, cells in all, hours on this machine)."""
     todo, every, busy = 0, 0, []
-    for task, seed, arms, _, _ in jobs:
+    for task, seed, arms, _, _, there in jobs:
         home, seconds = Path(config.runs) / f"{task}-{seed}", 0.0
         if not (home / "cells").exists():
             seconds += SECONDS["shared"] + SECONDS["gold"] * config.rounds / 2 + SECONDS["rm0"] * config.rounds * ("ppo" not in arms)
@@ -595,7 +604,7 @@ def cost_of(jobs: list[tuple], config: "Config") -> tuple[int, int, float]:
             base, knobs = split_arm(arm)
             for r in rounds_to(rounds):
                 every += 1
-                if not (home / "cells" / f"{arm}-{r}.json").exists():
+                if (arm, r) not in there and not (home / "cells" / f"{arm}-{r}.json").exists():
                     todo += 1
                     guess = SECONDS[ARMS[base][0]] + 10 * (knobs.get("steps", 15) / 15 - 1) if base in ARMS else 5
                     seconds += known.get(f"{arm}-{r}", guess) if ARMS.get(base, ("rm0",))[0] != "rm0" or "@" in arm else guess
@@ -618,7 +627,7 @@ class Config:
     tasks: str = field(default="dialogue,summary", metadata={"help": "A,B"})
     arms: str = field(default="", metadata={"help": "A,B; default: all of the task's; A@eta=0.3 changes a knob"})
     seeds: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "of main and boundary (its first four)"})
-    rounds: int = field(default=4, metadata={"help": "of RM and PPO; OOD and other η: up to the primary round"})
+    rounds: int = field(default=4, metadata={"help": "of RM and PPO; what is no baseline, control or first-order MetaRM ends at round 3"})
     runs: str = field(default="runs/study", metadata={"help": "folder for models and samples"})
     out: str = field(default="docs/study", metadata={"help": "folder for settings.json, study.csv, README.md, pictures"})
     embedder: str = field(default="", metadata={"help": "model folder for the embedding cosine (default: the SFT policy)"})
@@ -637,7 +646,7 @@ def tune(config: Config, settings: dict) -> None:
              for task in names(config.tasks)}
     tried = {task: {f"{arm}@{ARMS[arm][1]}={value:g}": (0 if arm == "dpo" else min(TUNING_ROUNDS, config.rounds))
                     for arm in arms for value in ARMS[arm][2]} for task, arms in tasks.items()}
-    run_jobs([(task, seed, {"ppo": config.rounds} | arms, config, {}) for task, arms in tried.items() for seed in all_seeds], config)
+    run_jobs([(task, seed, {"ppo": config.rounds} | arms, config, {}, frozenset()) for task, arms in tried.items() for seed in all_seeds], config)
     table = page.table_of(collect(config, [(task, seed) for task in tasks for seed in all_seeds]))
     for task, arms in tasks.items():
         chosen, trials = settings.setdefault("chosen", {}).setdefault(task, {}), settings.setdefault("trials", {}).setdefault(task, {})
@@ -653,7 +662,7 @@ def tune(config: Config, settings: dict) -> None:
         settings.setdefault("etas", {})[task] = [float(f"{eta * x:g}") for x in (0.2, 2)]  # the paper's 1e-6 and 1e-5 beside 5e-6
     # thresholds of the stop rules: the chosen setting, for all rounds
     final = {task: f"metarm-first@eta={settings['chosen'][task]['metarm-first']['eta']:g}" for task in tasks if "metarm-first" in tasks[task]}
-    run_jobs([(task, seed, {"ppo": config.rounds, arm: config.rounds}, config, {}) for task, arm in final.items() for seed in all_seeds], config)
+    run_jobs([(task, seed, {"ppo": config.rounds, arm: config.rounds}, config, {}, frozenset()) for task, arm in final.items() for seed in all_seeds], config)
     table = page.table_of(collect(config, [(task, seed) for task in tasks for seed in all_seeds]))
     for task, arm in final.items():
         gold, found = page.by_round(table, task, arm, "gold"), settings.setdefault("thresholds", {}).setdefault(task, {})
@@ -668,14 +677,17 @@ def tune(config: Config, settings: dict) -> None:
 
 
 def main_arms(task: str, config: Config, settings: dict) -> dict[str, int]:
-    """{arm: rounds} of the main phase: all arms; then three η (two beside the chosen one) and OOD, up to the primary round."""
-    if names(config.arms):
-        return {arm: 0 if split_arm(arm)[0] in ("sft", "dpo") else config.rounds for arm in names(config.arms)}
-    arms = {arm: 0 if arm == "dpo" else config.rounds for arm in ("sft", *(ARMS if task == "dialogue" else SUMMARY_ARMS)) if arm != "sft"}
+    """{arm: rounds} of the main phase: all arms, or --arms; three η (two beside the chosen one), and OOD."""
+    every = ["sft", *(ARMS if task == "dialogue" else SUMMARY_ARMS)]
     if task == "dialogue":
-        arms |= {f"metarm-first@eta={eta:g}": min(PRIMARY, config.rounds) for eta in settings["etas"][task]}
-        arms |= {arm: min(2, config.rounds) for arm in OOD_ARMS}
-    return {"sft": 0} | arms
+        every += [*(f"{page.METHOD}@eta={eta:g}" for eta in settings["etas"][task]), *OOD_ARMS]
+
+    def rounds(arm):
+        base, knobs = split_arm(arm)
+        most = 0 if base in ("sft", "dpo") else 2 if knobs.get("ood") else PRIMARY if knobs or base not in LONG_ARMS else config.rounds
+        return min(most, config.rounds)
+
+    return {arm: rounds(arm) for arm in names(config.arms) or every}
 
 
 def boundary_arms(config: Config) -> dict[str, int]:
@@ -777,8 +789,9 @@ def study(config: Config) -> None:
                     jobs += [(task, seed, arms, config, own) for seed in (seeds if phase == "main" else seeds[:BOUNDARY_SEEDS])]
             keep = functools.partial(write_csv, config, [(task, seed) for task in names(config.tasks) for seed in seeds])
             there = {row[:4] for row in page.read_rows(Path(config.out) / "study.csv")}
-            todo = [job for job in jobs if (Path(config.runs) / "-".join(map(str, job[:2])) / "cells").exists() or not there >= {
-                (*job[:2], arm, r) for arm, last in job[2].items() for r in rounds_to(last)}]
+            jobs = [(*each, frozenset((arm, r) for task, seed, arm, r in there if (task, seed) == each[:2])) for each in jobs]
+            todo = [each for each in jobs if (Path(config.runs) / "-".join(map(str, each[:2])) / "cells").exists() or not each[5] >= {
+                (arm, r) for arm, last in each[2].items() for r in rounds_to(last)}]
             if len(todo) < len(jobs):  # made elsewhere, or the models were deleted
                 print(f"study.py: {len(jobs) - len(todo)} seeds are whole in {config.out}/study.csv: skipped", flush=True)
             try:
