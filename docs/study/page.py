@@ -182,6 +182,7 @@ def judge_rules(table: Table, task: str, arm: str, thresholds: dict, primary: in
 
 CONTROLS = ("reseeded", "random", "ocrm")
 METHOD = "metarm-first"
+SEEDS = 8  # of the main phase, at least: fewer decide nothing
 
 
 def claims(table: Table, task: str, settings: dict, primary: int) -> list[dict]:
@@ -201,7 +202,7 @@ def claims(table: Table, task: str, settings: dict, primary: int) -> list[dict]:
     return [dict(zip(("claim", "kind", "margin", "paper", "values"), row)) for row in (
         ("orders shifted samples better than RM₀ (accuracy at the same gold gap, points)", "better", "accuracy", "yes (Fig. 5), no figure",
          rows("shifted.matched")),
-        ("the same on samples that no RM chose", "better", "accuracy", "–", rows("gold.matched")),
+        ("orders samples that no RM chose better than RM₀ (accuracy at the same gold gap, points)", "better", "accuracy", "–", rows("gold.matched")),
         ("holds shifted samples further apart than RM₀ (mean gap, SD)", "better", "spread", "yes (Fig. 5), no figure",
          rows("shifted.margin_sd")),
         ("identifies subtle differences OOD (accuracy, points)", "better", "accuracy", "yes, no figure", rows("ood.matched")),
@@ -212,14 +213,14 @@ def claims(table: Table, task: str, settings: dict, primary: int) -> list[dict]:
         ("OOD policy better than PPO there (wins − losses on OOD prompts, points)", "better", "win", "yes (Fig. 3)",
          {arm: net(table, task, f"{arm}@ood=1", ood, "ppo.ood") for arm in arms}),
         ("keeps accuracy on D (points against RM₀)", "stays", "accuracy", "yes (Fig. 4)", rows("D.noisy")),
-        ("small fluctuations only (accuracy on D against RM₀, the worst of rounds 1–3, points)", "stays", "accuracy", "yes (Fig. 4)",
+        ("only small fluctuations on D (accuracy against RM₀, the worst of rounds 1–3, points)", "stays", "accuracy", "yes (Fig. 4)",
          {arm: farthest([minus(get(arm, "D.noisy", r), get("ppo", "D.noisy", r)) for r in range(1, primary + 1)]) for arm in arms}),
         ("insensitive to η (win rate against SFT, the worse of η/5 and 2η, points)", "stays", "win", "yes (Table 2: 1 point)",
          {METHOD: farthest([minus(get(eta, "win.sft"), get(METHOD, "win.sft")) for eta in etas])}),
         (f"rounds pay (wins − losses against SFT, round {primary} over round 1, points)", "better", "win",
          "+34, +39" if dialogue else "+35",
          {arm: minus(net(table, task, arm, primary, "sft"), net(table, task, arm, 1, "sft")) for arm in arms}),
-        (f"and then decline (round {primary} over round {primary + 1}, points)", "better", "win", "+7, +9" if dialogue else "−13 (a round later: +9)",
+        (f"a decline after round {primary} (wins − losses against SFT, round {primary} over round {primary + 1}, points)", "better", "win", "+7, +9" if dialogue else "−13 (a round later: +9)",
          {arm: minus(net(table, task, arm, primary, "sft"), net(table, task, arm, primary + 1, "sft")) for arm in arms}),
     )]
 
@@ -321,12 +322,13 @@ def findings(table: Table, settings: dict, primary: int, margins: dict) -> str:
     for task in [task for task in ("dialogue", "summary") if (task, METHOD, primary, "gold") in table]:
         rows = [row for row in verdicts(table, task, settings, primary, margins) if row["verdict"] != "not run"]
         seeds = len(table[task, METHOD, primary, "gold"])
-        won, lost, open_ = (sum(row["verdict"] == word for row in rows) for word in ("yes", "no", "unclear"))
-        gold = {arm: table.get((task, arm, primary, "gold"), {}) for arm in NAMES}
-        lines.append(f"- **{task}**, {seeds} seeds{' so far of 8, which decide nothing' if seeds < 8 else ''}: of {len(rows)} claims {won} hold, {lost} do not, {open_} stay unclear. "
-                     f"Gold reward at round {primary}, SD above SFT: " + "; ".join(
-                         f"{NAMES[arm]} {show(gold[arm])}" for arm in ("ppo", METHOD, *CONTROLS, "oracle") if gold[arm])
-                     + f". MetaRM over {NAMES['reseeded']}: {show(minus(gold[METHOD], gold['reseeded']))}.")
+        said = {word: ", ".join(row["claim"].partition(" (")[0] for row in rows if row["verdict"] == word) or "none" for word in ("yes", "no", "unclear")}
+        gold = {arm: table.get((task, arm, 0 if arm == "dpo" else primary, "gold"), {}) for arm in NAMES}
+        lines += [f"- **{task.capitalize()}**, {seeds} seeds{f' so far of {SEEDS}, which decide nothing' if seeds < SEEDS else ''}. The paper's claims that hold: "
+                  f"{said['yes']}. That do not: {said['no']}. Unclear: {said['unclear']}.",
+                  f"- {task.capitalize()}, gold reward at round {primary}, SD above SFT: " + "; ".join(
+                      f"{NAMES[arm]} {show(gold[arm])}" for arm in ("dpo", "ppo", "ppo-tuned", METHOD, "metarm-exact", *CONTROLS, "oracle") if gold[arm])
+                  + f". MetaRM over {NAMES['reseeded']}: {show(minus(gold[METHOD], gold['reseeded']))}."]
     return "\n".join(lines) + "\n" if lines else "Not run yet.\n"
 
 
