@@ -323,12 +323,12 @@ def findings(table: Table, settings: dict, primary: int, margins: dict) -> str:
         rows = [row for row in verdicts(table, task, settings, primary, margins) if row["verdict"] != "not run"]
         seeds = len(table[task, METHOD, primary, "gold"])
         said = {word: ", ".join(row["claim"].partition(" (")[0] for row in rows if row["verdict"] == word) or "none" for word in ("yes", "no", "unclear")}
-        gold = {arm: table.get((task, arm, 0 if arm == "dpo" else primary, "gold"), {}) for arm in NAMES}
-        lines += [f"- **{task.capitalize()}**, {seeds} seeds{f' so far of {SEEDS}, which decide nothing' if seeds < SEEDS else ''}. The paper's claims that hold: "
-                  f"{said['yes']}. That do not: {said['no']}. Unclear: {said['unclear']}.",
-                  f"- {task.capitalize()}, gold reward at round {primary}, SD above SFT: " + "; ".join(
-                      f"{NAMES[arm]} {show(gold[arm])}" for arm in ("dpo", "ppo", "ppo-tuned", METHOD, "metarm-exact", *CONTROLS, "oracle") if gold[arm])
-                  + f". MetaRM over {NAMES['reseeded']}: {show(minus(gold[METHOD], gold['reseeded']))}."]
+        get = lambda arm, metric: table.get((task, arm, 0 if arm == "dpo" else primary, metric), {})
+        lines += [f"**{task.capitalize()}**, {seeds} seeds{f' so far of {SEEDS}, which decide nothing' if seeds < SEEDS else ''}. The paper's claims that hold: "
+                  f"{said['yes']}. That do not: {said['no']}. Unclear: {said['unclear']}.\n",
+                  markdown([f"round {primary}", "gold reward, SD above SFT", "gold, minus PPO on RM₀", "wins − losses against SFT", "its RM right on vanilla PPO's samples, %"], [
+                      [NAMES[arm], show(get(arm, "gold")), "–" if arm == "ppo" else show(minus(get(arm, "gold"), get("ppo", "gold"))),
+                       show(minus(get(arm, "win.sft"), get(arm, "lose.sft")), 0), show(get(arm, "shifted.matched"), 1)] for arm in NAMES if arm != "sft"])]
     return "\n".join(lines) + "\n" if lines else "Not run yet.\n"
 
 
@@ -349,6 +349,9 @@ def meaning(table: Table, task: str, primary: int) -> str:
         f"**The illness.** RM₀ promises {show(get('ppo', 'rm'))} SD more than SFT for its policy; gold gives {show(get('ppo', 'gold'))}. RM₀ orders "
         f"{show(get('ppo', 'sft.acc'), 1)} % of SFT's pairs right, and of its policy's, at the same gold gap, "
         f"{show(get('ppo', 'shifted.matched'), 1)} %.",
+        f"**Far away, or optimised against?** On samples of a policy that was trained on the gold reward, {show(get('sft', 'by_gold.kl'), 1)} nats from SFT, "
+        f"no RM had a say in what was chosen. There RM₀ is right in {show(get('ppo', 'gold.matched'), 1)} %: against SFT's pairs "
+        f"{differs(get('ppo', 'gold.matched'), get('ppo', 'sft.acc'), 1)} points; against its own policy's {differs(get('ppo', 'gold.matched'), get('ppo', 'shifted.matched'), 1)}.",
         f"**Gold reward against PPO on RM₀.** {against('gold', 'ppo', moved)}.",
         f"**Accuracy against RM₀ on vanilla PPO's samples, points.** {against('shifted.matched', 'ppo', moved, 1)}. On samples that no RM chose: "
         f"{against('gold.matched', 'ppo', moved, 1)}. What is gained on the first only is RM₀'s own mistakes, which any other RM does not share.",
@@ -508,7 +511,7 @@ def pictures(table: Table, task: str, folder: Path, primary: int, boundary: dict
                           label="RM₀" if arm == "ppo" else f"{named(arm)}, round {r}")
 
     def distribution(axes):
-        for arm in arms:
+        for arm in [arm for arm in arms if arm != "ppo-tuned"]:  # it has RM₀ too
             axes.plot([mean(arm, f"shifted.gap{q}")[0] for q in (10, 25, 50, 75, 90)], [90, 75, 50, 25, 10], ".-", color=COLOURS[arm],
                       label="RM₀" if arm == "ppo" else named(arm))
 
