@@ -458,6 +458,10 @@ def measure_cell(home: Path, arm: str, round_: int, policy: Path, model: Path | 
 
 # --------------------------------------------------------------------------------------------- a seed: all of its cells
 
+def cell_file(home: Path, arm: str, round_: int) -> Path:
+    return home / "cells" / f"{arm}-{round_}.json"
+
+
 def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: dict, there: frozenset) -> str:
     """Every cell of one seed, {arm: rounds}. Vanilla PPO and the gold policy come first: all RMs are measured on their
     samples. What a finished stage made is not made again; what a finished cell measured is not measured again. `there`:
@@ -500,8 +504,7 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
                  "gold": answers(home, gold, seed), "embedder": config.embedder or str(home / "sft"),
                  "rivals": {}, "pairs": []}
 
-        file_of = lambda arm, r: home / "cells" / f"{arm}-{r}.json"
-        elsewhere = lambda arm, r: (arm, r) in there and not file_of(arm, r).exists()
+        elsewhere = lambda arm, r: (arm, r) in there and not cell_file(home, arm, r).exists()
 
         def measure(arm, r):
             nonlocal start
@@ -517,7 +520,7 @@ def job(task: str, seed: int, arms: dict[str, int], config: "Config", settings: 
             parts = [policies[arm, r], model, previous, vanilla, gold, D, *place["rivals"].values()]
             made_from = [MEASURES, arm, r, place["embedder"] == str(home / "sft") or config.embedder,
                          *(data.fingerprint(str(path)) for path in parts if path)]
-            file = file_of(arm, r)
+            file = cell_file(home, arm, r)
             file.parent.mkdir(exist_ok=True)
             if (data.read_json(file) or {}).get("made_from") != made_from:
                 found = measure_cell(home, arm, r, policies[arm, r], model, place, previous if model else None)
@@ -605,7 +608,7 @@ def cost_of(jobs: list[tuple], config: "Config") -> tuple[int, int, float]:
             base, knobs = split_arm(arm)
             for r in rounds_to(rounds):
                 every += 1
-                if (arm, r) not in there and not (home / "cells" / f"{arm}-{r}.json").exists():
+                if (arm, r) not in there and not cell_file(home, arm, r).exists():
                     todo += 1
                     guess = SECONDS[ARMS[base][0]] + 10 * (knobs.get("steps", 15) / 15 - 1) if base in ARMS else 5
                     seconds += known.get(f"{arm}-{r}", guess) if ARMS.get(base, ("rm0",))[0] != "rm0" or "@" in arm else guess
