@@ -404,7 +404,9 @@ def task_page(table: Table, task: str, settings: dict, primary: int, margins: di
 ![where it helps]({task}-boundary.png)
 
 """ if len(moved) > 1 else ""
-    stops = judge_rules(table, task, METHOD, settings.get("thresholds", {}).get(task, {}), primary)
+    thresholds = settings.get("thresholds", {})
+    stops = judge_rules(table, task, METHOD, thresholds.get(task, {}), primary)
+    borrowed = judge_rules(table, task, METHOD, thresholds.get("summary" if task == "dialogue" else "dialogue", {}), primary)
     return f"""## {task.capitalize()}
 
 ### In words
@@ -459,11 +461,13 @@ and J. weight: 1 − σ(margin), its change from θ to θ′ on held-out pairs o
     [named(arm), *(show(get(arm, m), 3) for m in ("cos.early", "cos.late", "climb.L", "climb.L_taylor", "climb.J", "weight.mean",
                                                   "weight.rho_gap", "weight.flipped"))] for arm in theta])}
 {where}### When to stop: rules for somebody without labels, thresholds from the tuning seeds
+Does a threshold carry over to another task? The last column has the one that the other task's tuning seeds gave.
 
-{markdown(["rule", "threshold", "stops at round", "best round or next to it, %", "gold lost to the best", f"gained on always round {primary}"], [
-    [rule, "–" if rule not in settings.get("thresholds", {}).get(task, {}) else f"{settings['thresholds'][task][rule]:.3g}",
-     f"{np.mean(row['round']):.1f}", f"{100 * np.mean(row['hit']):.0f}", show(row["lost"]), show(row["gain"])]
-    for rule, row in stops.items() if row["round"]])}"""
+{markdown(["rule", "threshold", "stops at round", "best round or next to it, %", "gold lost to the best", f"gained on always round {primary}",
+           "gold lost to the best, by the other task's threshold"], [
+    [rule, "–" if rule not in thresholds.get(task, {}) else f"{thresholds[task][rule]:.3g}",
+     f"{np.mean(row['round']):.1f}", f"{100 * np.mean(row['hit']):.0f}", show(row["lost"]), show(row["gain"]),
+     show(borrowed.get(rule, {}).get("lost", []))] for rule, row in stops.items() if row["round"]])}"""
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -471,6 +475,7 @@ and J. weight: 1 − σ(margin), its change from θ to θ′ on held-out pairs o
 def pictures(table: Table, task: str, folder: Path, primary: int, boundary: dict, only: tuple) -> None:
     """One message each; an arm has one colour throughout. Written whole or not at all."""
     from matplotlib import figure, rcParams
+    from PIL import Image  # matplotlib brings it
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 11})
     mean = lambda arm, metric, r=primary: t_interval(table.get((task, arm, r, metric), {}).values())
     rounds = sorted({r for t, a, r, _ in table if (t, a) == (task, METHOD)})
@@ -487,6 +492,9 @@ def pictures(table: Table, task: str, folder: Path, primary: int, boundary: dict
         if row[-1].get_legend_handles_labels()[0]:
             row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
         canvas.savefig(folder / f"{name}.tmp", dpi=110, format="png")
+        with Image.open(folder / f"{name}.tmp") as picture:  # 64 colours do for lines, at a third of the bytes
+            few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        few.save(folder / f"{name}.tmp", "png", optimize=True)
         (folder / f"{name}.tmp").replace(folder / f"{task}-{name}.png")
 
     def over_kl(left, right):
