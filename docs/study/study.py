@@ -711,7 +711,7 @@ def collect(config: Config, jobs: list[tuple]) -> list[tuple]:
     return sorted(rows)
 
 
-# No table asks these of an arm with a changed knob; with them, study.csv would be half as large again.
+# No table asks these of an arm with a changed knob; with them, study.csv would be a quarter larger.
 NO_VARIANT = ("curve", "epoch", "shifted.gap", "cos", "climb", "weight", "own.", "sft.", "adapted.", "bleu", "distinct", "words",
               *(f"{on}.{what}" for on in ("shifted", "gold", "ood") for what in ("J", "margin", "variance", "rho")))
 
