@@ -492,8 +492,8 @@ def pictures(table: Table, task: str, folder: Path, primary: int, boundary: dict
         if row[-1].get_legend_handles_labels()[0]:
             row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
         canvas.savefig(folder / f"{name}.tmp", dpi=110, format="png")
-        with Image.open(folder / f"{name}.tmp") as picture:  # 64 colours do for lines, at a third of the bytes
-            few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        with Image.open(folder / f"{name}.tmp") as picture:  # 256 colours at half the bytes; by coverage, or rare ones are merged
+            few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         few.save(folder / f"{name}.tmp", "png", optimize=True)
         (folder / f"{name}.tmp").replace(folder / f"{task}-{name}.png")
 
