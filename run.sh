@@ -150,8 +150,8 @@ case $preset in
     echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test, bench, study, killtest" >&2; exit 2 ;;
 esac
 
-# Two threads up to RM 0, then two arms side by side with one thread each: small models gain little from the second
-# thread. Fixed numbers, since another count adds up in another order and gives other (equally good) results.
+# Two threads up to D, then MetaRM and its controls side by side with one thread each: small models gain little from the
+# second thread. Fixed numbers, since another count may add up in another order and give other (equally good) results.
 export OMP_NUM_THREADS=2
 # glibc gives the memory of each step back to the system and gets it anew, page by page; keeping it saves a tiny model 10 %.
 [ -n "$real" ] || export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864
@@ -178,13 +178,10 @@ if [ -z "$real" ]; then
   py data.py label --samples "$run/pairs-samples/samples.jsonl" --noise 1.0 --seed "$seed" --out "$run/pairs"
 fi
 
-echo "== RM 0: Eq. 1 on D"
-rm_flags+=(--data "$pairs/train.jsonl" --eval_data "$pairs/valid.jsonl")
-py rm.py --model "$run/sft" "${rm_flags[@]}" --seed "$seed" --out "$run/rm0"
-
 # --------------------------------------------------------------------------------------------- what is compared
 # Every arm starts from the SFT policy and takes the same number of PPO steps; each round goes on from the arm's
 # last policy. Only the reward model differs.
+rm_flags+=(--data "$pairs/train.jsonl" --eval_data "$pairs/valid.jsonl")
 domain=$run/data/prompts-${ood:+ood-} # of S and PPO
 ppo_flags+=(--ref_policy "$run/sft" --prompts "${domain}ppo.jsonl")
 
@@ -204,8 +201,9 @@ metarm_arm() { # the paper's rounds
   done
 }
 
-vanilla_arm() { # RM 0 throughout: vanilla RLHF, whose policy walks away from RM 0
+vanilla_arm() { # RM 0, Eq. 1 on D, throughout: vanilla RLHF, whose policy walks away from RM 0
   local last=$run/sft r
+  py rm.py --model "$run/sft" "${rm_flags[@]}" --seed "$seed" --out "$run/rm0"
   for r in $(seq "$rounds"); do
     py ppo.py ppo --model "$last" --reward_model "$run/rm0" "${ppo_flags[@]}" --seed "$seed$r" --out "$run/ppo-$r/policy"
     last=$run/ppo-$r/policy
