@@ -150,8 +150,8 @@ case $preset in
     echo "run.sh: unknown preset '$preset'; there are toy, hh, hh-smoke, smoke, test, bench, study, killtest" >&2; exit 2 ;;
 esac
 
-# Two threads up to D, then MetaRM and its controls side by side with one thread each: small models gain little from the
-# second thread. Fixed numbers, since another count may add up in another order and give other (equally good) results.
+# Two threads up to D (SFT gains a third from the second), then MetaRM and its controls side by side with one each (an RM
+# gains nothing). Fixed numbers, since another count may add up in another order and give other (equally good) results.
 export OMP_NUM_THREADS=2
 # glibc gives the memory of each step back to the system and gets it anew, page by page; keeping it saves a tiny model 10 %.
 [ -n "$real" ] || export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864
