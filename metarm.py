@@ -1,515 +1,429 @@
-"""MetaRM: a reward model, trained on OLD preferences, that still tells NEW responses apart.
+r"""MetaRM: a reward model, trained on OLD preferences, that still tells NEW responses apart.
 
-Concept: PPO moves the policy away from the responses that the reward model r_theta was trained on, and
-r_theta separates the new ones less and less. MetaRM has two sets: D, the old preference pairs, and S, k
-unlabelled responses a prompt from the current policy. Before each step on D it climbs, for a look only, to
-parameters that separate S better, and takes D's gradient there. Dou et al., "MetaRM" (arXiv 2405.00438; AAAI
-2025, whose equation numbers are used here):
+Concept: PPO moves the policy away from the responses that the reward model r_theta was trained on,
+and r_theta separates the new ones less and less. MetaRM has two sets: D, the old preference pairs,
+and S, k unlabelled responses of the current policy to each of some prompts. Each step first moves
+temporarily to parameters theta' that separate S better, computes D's gradient there, and applies
+it at theta. Dou et al., "MetaRM" (arXiv 2405.00438; AAAI 2025, whose equation numbers these are):
 
     Algorithm 1.  for t = 0 .. T-1:
-        sample X_t, n pairs of D, and X_s, m prompts of S
-        J       = difference loss of r_theta on X_s                   Eq. 2    difference_loss
-        theta'  = theta + eta * grad J(theta)     (an ASCENT)         Eq. 3    meta_gradient; lookahead
-        g       = gradient of the vanilla loss L (Eq. 1) at theta'    Eq. 4    meta_gradient
-        theta  <- theta - alpha * g               (from theta)        Eq. 5    metarm_step
+        sample X_t, n pairs of D, and X_s, m prompts of S             train
+        J       = difference loss of r_theta on X_s           Eq. 2    difference_loss
+        theta'  = theta + eta * grad J(theta)   (an ASCENT)   Eq. 3    meta_gradient, climb
+        g       = gradient of L (Eq. 1) on X_t, at theta'     Eq. 4    meta_gradient
+        theta  <- theta - alpha * g             (from theta)  Eq. 5    metarm_step
+
+In a training loop of your own, which needs this file and torch (and model.eval(): with dropout, J
+would climb the noise between two random masks):
+
+    def L(forward): return preference_loss(forward(chosen), forward(rejected))
+    def J(forward): return metarm.difference_loss(forward(samples).view(m, k))
+    metarm.metarm_step(model, optimizer, L, J, eta=0.1, normalize=True)
 
     python metarm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl \
-        --eval_data runs/toy/pairs/valid.jsonl --meta runs/toy/metarm-1/meta/samples.jsonl \
-        --eta 0.1 --normalize --out runs/toy/metarm-1/rm
+        --meta runs/toy/metarm-1/meta/samples.jsonl --out runs/toy/metarm-1/rm
 
-writes a folder that `AutoModelForSequenceClassification.from_pretrained` reads, its tokenizer and `log.jsonl`
-(a row a step); with `--save_adapted DIR` also theta' of the trained model, as a folder of the same kind.
-
-In a training loop of your own (this file needs nothing but torch):
-
-    def vanilla_loss(forward):
-        return preference_loss(forward(**chosen).logits[:, 0], forward(**rejected).logits[:, 0])
-    def meta_loss(forward):
-        return metarm.difference_loss(forward(**samples).logits[:, 0].view(m, k))
-    info = metarm.metarm_step(model, optimizer, vanilla_loss, meta_loss, eta=0.1, normalize=True)
-
-Turn dropout off (`model.eval()`): J would climb the noise between two dropout masks, and L at theta' would be
-the loss of another random function than the one that climbed.
+writes a folder that `AutoModelForSequenceClassification.from_pretrained` reads, and `log.jsonl`.
 """
 
+import argparse
 import math
-import os
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Callable, Iterator, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
+from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Loss = Callable[[Callable], torch.Tensor]  # forward -> scalar; `forward` is the model at some parameters
+Parameters = dict[str, Tensor]
+Loss = Callable[[Callable], Tensor]  # forward -> scalar; `forward` is the model at some parameters
+Losses = Loss | list[Loss]  # a list: micro-batches of equal weight, whose mean is the loss
+Order = Literal["first", "exact"]
 
 
-# ------------------------------------------------------------------------------------------------ Algorithm 1
+class NotFinite(ValueError):
+    """J, L or a gradient is NaN or infinite. No step has been taken."""
 
-def difference_loss(rewards: torch.Tensor) -> torch.Tensor:
-    """Eq. 2: J = 2/k^2 * sum over i < j of sigma(|r_i - r_j|), averaged over the prompts. Larger is better.
 
-    Shape: (m, k), the rewards of k >= 2 responses to each of m prompts. Returns a scalar between (k-1)/(2k),
-    all rewards equal, and (k-1)/k, all far apart. Raises ValueError on another shape. Source: paper Eq. 2.
+# ------------------------------------------------------------------------------------ Algorithm 1
+def difference_loss(rewards: Tensor) -> Tensor:
+    """Returns J of Eq. 2: 2/k^2 * sum over i < j of sigma(|r_i - r_j|), averaged over the prompts.
 
-    |.| has a kink at 0, where torch takes the slope 0: two responses that tie exactly are not pushed apart.
+    Shape: (m, k), the rewards of k >= 2 responses to each of m prompts. Returns a scalar between
+    (k-1)/(2k), all rewards equal, and (k-1)/k, all far apart: larger is better.
+    Raises: ValueError on another shape. Source: paper, Eq. 2.
     """
-    if rewards.dim() != 2 or rewards.shape[0] < 1 or rewards.shape[1] < 2 or not rewards.is_floating_point():
-        raise ValueError(f"difference_loss needs float rewards of shape (m prompts, k >= 2 responses), got "
-                         f"{rewards.dtype} of shape {tuple(rewards.shape)}")
-    k = rewards.shape[1]
-    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)
+    m, k = rewards.shape if rewards.dim() == 2 else (0, 0)
+    if m < 1 or k < 2 or not rewards.is_floating_point():
+        got = f"{rewards.dtype} {tuple(rewards.shape)}"
+        raise ValueError(f"difference_loss needs float rewards of shape (m, k >= 2), got {got}")
+    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)  # all pairs i < j
+    # |.| has a kink at 0, where torch takes the slope 0: an exact tie is not pushed apart.
     return 2 / k**2 * (rewards[:, i] - rewards[:, j]).abs().sigmoid().sum(dim=1).mean()
 
 
-def meta_gradient(model: torch.nn.Module, vanilla_loss: Loss | list[Loss], meta_loss: Loss | list[Loss],
-                  eta: float, order: Literal["first", "exact"] = "first",
-                  normalize: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Eqs. 2-4: the gradient that Eq. 5 applies at theta. The model's parameters and `.grad` stay untouched.
+def climb(theta: Parameters, grad_J: Parameters, scale: Tensor) -> Parameters:
+    """Returns theta' = theta + scale * grad J, Eq. 3. It is differentiable in all three."""
+    return {name: plus(p, scale, grad_J[name]) for name, p in theta.items()}
 
-    vanilla_loss, meta_loss: pure functions forward -> scalar, L on X_t and J on X_s, or lists of them:
-        micro-batches of equal weight, whose graphs live one at a time. They call `forward(*args, **kwargs)`,
-        which returns what the model returns, and never the model itself.
-    eta: length of the ascent step, >= 0; with normalize=True of the step eta * grad J / |grad J|, the norm
-        taken over all trainable parameters.
-    order: "first", as the authors run it, takes Eq. 4 as it stands; "exact" also differentiates theta' by
-        theta, as MAML does, in 2.0 to 2.3 times the time (J in micro-batches: 2.7 times, but less memory).
 
-    Returns (grads, info): grads has a tensor for every trainable parameter, zeros where it has no part; info
-    has `vanilla_loss_adapted` L(theta'), `difference` J(theta), `meta_grad_norm` |grad J|, `grad_norm` of
-    grads and `moved`, the share of weights that Eq. 3 changed at all (a bf16 weight of 1 ignores 0.001).
-    Memory at theta', first order: one copy of the parameters and one gradient.
-    Raises ValueError on bad arguments, on a loss or gradient that is not finite, and on models that must not
-    be entered this way (gradient checkpointing, DDP, FSDP2); `lookahead` is right with those.
+def meta_gradient(
+    model: Module,
+    vanilla_loss: Losses,
+    meta_loss: Losses,
+    eta: float,
+    order: Order = "first",
+    normalize: bool = False,
+) -> tuple[Parameters, dict[str, float]]:
+    """Returns (the gradient that Eq. 5 applies at theta, figures), by Eqs. 2 to 4.
+
+    vanilla_loss, meta_loss: functions forward -> scalar, L on X_t and J on X_s. They call
+        `forward(*args, **kwargs)` instead of the model, whose weights and .grad stay untouched.
+    eta: the ascent is eta * grad J or, with normalize=True, eta * grad J / |grad J|.
+    order: "first", as the authors run it; "exact" also differentiates theta' by theta, as MAML
+        does. It keeps the graphs of all micro-batches of J; a smaller X_s saves memory.
+    The gradient has a tensor for every trainable parameter. Figures: `difference` J(theta),
+    `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`, and `moved`, the share
+    of weights that Eq. 3 changed at all (bf16 rounds small changes away).
+    Raises: ValueError on bad arguments, and on models that must not be entered this way (DDP,
+        FSDP2, gradient checkpointing: use `lookahead`); NotFinite, a ValueError, on NaN, infinity.
     """
-    _check(eta, order)
-    theta = _trainable(model)
-    vanilla_losses, meta_losses = _as_list(vanilla_loss, "vanilla_loss"), _as_list(meta_loss, "meta_loss")
-    keep_graph = order == "exact" and len(meta_losses) == 1
+    if order not in ("first", "exact"):
+        raise ValueError(f"order must be 'first' or 'exact', got {order!r}")
+    theta, exact = trainable(model), order == "exact"
 
-    # J on X_s and its gradient, at theta (Eq. 2).
-    difference, grad_J = _value_and_gradient(model, theta, meta_losses, "meta_loss", keep_graph)
+    def forward_at(parameters: Parameters) -> Callable:
+        at = everywhere(model, parameters)  # the model, with these in place of its own
+        return lambda *args, **kwargs: functional_call(model, at, args, kwargs, tie_weights=False)
 
-    # theta' = theta + eta * grad J (Eq. 3), as a second set of parameters beside the model's own.
-    scale, meta_grad_norm = _step_size(grad_J.values(), eta, normalize)
-    theta_prime = _ascend(theta, grad_J, scale)
-    moved = sum(torch.count_nonzero(theta_prime[name] != p).to(scale.device) for name, p in theta.items())
-    if order == "first":
-        del grad_J  # before L's graph is built
+    # J on X_s at theta (Eq. 2), and its gradient. The exact order needs that gradient's own graph,
+    # and the math attention kernel: the fused ones have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+        J, grad_J = value_and_gradient(meta_loss, forward_at(theta), theta, create_graph=exact)
+
+    # theta' = theta + eta * grad J (Eq. 3): a second set of parameters beside the model's own.
+    scale, meta_grad_norm = step_scale(grad_J.values(), eta, normalize)
+    theta_prime = climb(theta, grad_J, scale)
+    del grad_J  # at first order nobody needs it any more, and L needs memory
 
     # L on X_t and its gradient, at theta' and with respect to theta' (Eq. 4).
-    loss, grads = _value_and_gradient(model, theta_prime, vanilla_losses, "vanilla_loss")
+    leaves = {name: p.detach().requires_grad_() for name, p in theta_prime.items()}
+    L, grads = value_and_gradient(vanilla_loss, forward_at(leaves), leaves)
 
-    # THE line between the two orders. First order is done: it takes theta' as if it did not depend on theta.
-    # But it does, and by the chain rule d L(theta') / d theta = (I + eta * Hessian of J) @ grads.
-    if order == "exact":
-        grads = _add_curvature(grads, model, theta, meta_losses, grad_J, scale, meta_grad_norm, normalize)
+    # THE line between the two orders. First order is done: it takes theta' as if it did not depend
+    # on theta. But it does. By the chain rule, dL(theta')/dtheta = (dtheta'/dtheta)^T grads: one
+    # vector-Jacobian product through Eq. 3, and so through grad J: (I + eta * Hessian of J) grads.
+    if exact:
+        inputs, outputs = list(theta.values()), list(theta_prime.values())
+        with sdpa_kernel(SDPBackend.MATH):
+            grads = torch.autograd.grad(outputs, inputs, grad_outputs=list(grads.values()))
+        grads = dict(zip(theta, grads, strict=True))
 
-    info = {"vanilla_loss_adapted": loss, "difference": difference, "meta_grad_norm": meta_grad_norm,
-            "grad_norm": _norm(grads.values()), "moved": moved / sum(p.numel() for p in theta.values())}
-    info = {name: float(value) for name, value in info.items()}  # here, at the end, we wait for the device
-    for name, what in [("difference", "J (meta_loss) at theta"), ("meta_grad_norm", "|grad J| at theta"),
-                       ("vanilla_loss_adapted", "L (vanilla_loss) at theta'"), ("grad_norm", "|grad L|")]:
-        if not math.isfinite(info[name]):
-            raise ValueError(f"{what} is {info[name]}, so no step was taken: look for NaN in weights and "
-                             f"batch, or lower eta (now {eta}) or the learning rate")
-    return grads, info
+    moved = sum((theta_prime[name] != p).sum().to(L.device) for name, p in theta.items())
+    share = moved / sum(p.numel() for p in theta.values())
+    info = {"difference": J, "meta_grad_norm": meta_grad_norm, "vanilla_loss_adapted": L}
+    return grads, figures(**info, grad_norm=global_norm(grads.values()), moved=share)
 
 
-def metarm_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, vanilla_loss: Loss | list[Loss],
-                meta_loss: Loss | list[Loss], eta: float, order: Literal["first", "exact"] = "first",
-                normalize: bool = False, max_grad_norm: float | None = None) -> dict[str, float]:
-    """One turn of Algorithm 1: `meta_gradient`, then Eq. 5, the optimizer's step at the ORIGINAL parameters.
+def metarm_step(
+    model: Module,
+    optimizer: torch.optim.Optimizer,
+    vanilla_loss: Losses,
+    meta_loss: Losses,
+    eta: float,
+    order: Order = "first",
+    normalize: bool = False,
+    max_grad_norm: float | None = None,
+) -> dict[str, float]:
+    """Takes one turn of Algorithm 1; returns `meta_gradient`'s figures, leaves every .grad None.
 
-    Arguments, returned info and ValueErrors as in `meta_gradient`; on an error nothing has been stepped.
-    max_grad_norm: a longer gradient is scaled down to it. Afterwards every `.grad` is None.
+    Arguments and errors as in `meta_gradient`; on an error no step has been taken.
+    max_grad_norm: a longer gradient is scaled down to it.
     """
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
     grads, info = meta_gradient(model, vanilla_loss, meta_loss, eta, order, normalize)
-    parameters = {name: p for name, p in model.named_parameters() if name in grads}
-    for name, p in parameters.items():
-        p.grad = grads[name]
+    # theta <- theta - alpha * grads (Eq. 5), from the ORIGINAL parameters: the model never left
+    # them. Literally so with SGD; AdamW makes its own step of the same gradient.
+    parameters = [p for name, p in model.named_parameters() if name in grads]
+    for p, grad in zip(parameters, grads.values(), strict=True):
+        p.grad = grad
     if max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
-    optimizer.step()  # theta <- theta - alpha * g (Eq. 5) if it is SGD; Adam takes g just as well
-    for p in parameters.values():
+        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    for p in parameters:
         p.grad = None
     return info
 
 
 @contextmanager
-def lookahead(model: torch.nn.Module, eta: float, normalize: bool = False) -> Iterator[None]:
-    """Eqs. 3-4, first order, in place, where `meta_gradient` cannot go: DDP, FSDP2, TRL, checkpointing.
+def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[None]:
+    """Moves the model to theta' in place and back, for DDP, FSDP2, TRL and gradient checkpointing.
 
-        J(model).backward()
-        with metarm.lookahead(model, eta):  # takes p.grad as grad J, moves the model to theta', clears p.grad
-            L(model).backward()             # forward AND backward: checkpointing recomputes in backward
-        optimizer.step()                    # the model is at theta, bit for bit; p.grad is grad L(theta')
+        J(model).backward()                 # p.grad is grad J, of ALL micro-batches of S
+        with metarm.lookahead(model, eta):  # the model is at theta', p.grad is None
+            L(model).backward()             # forward AND backward, of ALL micro-batches of D
+        optimizer.step()                    # the model is at theta, p.grad is grad L(theta')
 
-    Gradient accumulation: back-propagate all of S before, and all of D inside, ONE `with`. Entering it for
-    every micro-batch adds up gradients of L from as many different theta', each a fraction of the climb.
-    GradScaler: scale J and L as usual and pass eta / scaler.get_scale(), since p.grad is scale * grad J; with
-    normalize=True pass eta as it is. An overflow in J reaches L through theta', and scaler.step skips it.
-    Raises ValueError on a bad eta, without any gradient, or normalised under FSDP1 (its shards do not know the
-    norm of the whole), RuntimeError if FSDP2 failed inside its forward.
+    First order. Under a GradScaler pass eta / scaler.get_scale(), or eta with normalize=True.
+    Raises: ValueError on a bad eta, without a gradient, or normalised under FSDP1 (a shard does not
+        know the norm of the whole); RuntimeError if FSDP2 failed inside its forward.
+    Source: paper, Eqs. 3 and 4.
     """
-    _check(eta)
-    _reshard(model)
-    # These very objects: under FSDP2 a forward without a backward leaves the module holding its gathered
-    # weights, and model.parameters() would then be another set of tensors than the shards that are trained.
+    reshard(model)
+    # Keep these very objects: after a forward without a backward, FSDP2's model.parameters() are
+    # the gathered weights, not the shards that are trained.
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if all(p.grad is None for p in parameters):
-        raise ValueError("lookahead: no parameter has a gradient; back-propagate J (all of S) before it")
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        raise ValueError("lookahead: no parameter has a gradient; back-propagate J before it")
     if normalize and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise ValueError("lookahead: under FSDP1 a process sees its own shard of grad J only, and so not its "
-                         "norm; use FSDP2 (torch.distributed.fsdp.fully_shard), or normalize=False")
-    theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step again would round
+        raise ValueError("lookahead: FSDP1 does not know |grad J|; use FSDP2, or normalize=False")
+    theta = [p.detach().clone() for p in parameters]  # subtracting the step again would round
+    scale, norm = step_scale(grads, eta, normalize)
+    # If grad J has overflowed, make all of theta' NaN, and so grad L: GradScaler then skips the
+    # step. (A tanh can turn one infinite weight into a finite loss.)
+    scale = scale + 0 * norm
     try:
         with torch.no_grad():
-            scale, _ = _step_size([p.grad for p in parameters if p.grad is not None], eta, normalize)
             for p in parameters:
                 if p.grad is not None:
-                    p.copy_(_plus(p, scale, p.grad))
+                    p.copy_(plus(p, scale, p.grad))  # Eq. 3
                 p.grad = None
-        torch.clear_autocast_cache()  # in one autocast region, L would else run on theta's cached bf16 copies
-        yield
+        torch.clear_autocast_cache()  # else L would run on the cached bf16 copies of theta
+        yield  # Eq. 4
     finally:
-        _reshard(model)
+        reshard(model)
         with torch.no_grad():
-            for p, original in zip(parameters, theta):
+            for p, original in zip(parameters, theta, strict=True):
                 p.copy_(original)
         torch.clear_autocast_cache()
         if not {id(p) for p in parameters} <= {id(p) for p in model.parameters()}:
-            raise RuntimeError("lookahead: an error inside FSDP2's forward left the module with the gathered "
-                               "weights of theta'; only its shards are back at theta: build the model anew")
+            raise RuntimeError("lookahead: FSDP2 failed inside its forward; build the model anew")
 
 
-def adapted_parameters(model: torch.nn.Module, meta_loss: Loss | list[Loss], eta: float,
-                       normalize: bool = False) -> dict[str, torch.Tensor]:
-    """theta' of Eq. 3, {name: tensor} for every trainable parameter; the model stays untouched.
+def adapted_parameters(
+    model: Module, meta_loss: Losses, eta: float, normalize: bool = False
+) -> Parameters:
+    """Returns theta' of Eq. 3, {name: tensor}; the model stays untouched.
 
-    Algorithm 1 keeps theta and throws theta' away. But it is theta' where L was minimised, so it is worth
-    measuring: `functional_call(model, adapted, ...)`, or `model.load_state_dict(adapted, strict=False)`.
-    Raises ValueError as `meta_gradient` does.
+    Algorithm 1 keeps theta and throws theta' away. But L was minimised at theta', so measure it
+    with `model.load_state_dict(adapted, strict=False)`. Raises: as `meta_gradient`.
     """
-    _check(eta)
-    theta = _trainable(model)
-    _, grad_J = _value_and_gradient(model, theta, _as_list(meta_loss, "meta_loss"), "meta_loss")
-    scale, norm = _step_size(grad_J.values(), eta, normalize)
-    if not math.isfinite(norm):
-        raise ValueError(f"the norm of grad J at theta is {float(norm)}: look for NaN in weights and batch")
-    return {name: p.detach() for name, p in _ascend(theta, grad_J, scale).items()}
+    grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)  # at eta = 0, theta' is theta
+    scale, _ = step_scale(grad_J.values(), eta, normalize)
+    return climb({n: p.detach() for n, p in model.named_parameters() if n in grad_J}, grad_J, scale)
 
 
-# -------------------------------------------------------------------------------------- its steps, one by one
+def diagnostics(
+    model: Module, vanilla_loss: Losses, meta_loss: Losses, eta: float, normalize: bool = False
+) -> dict[str, float]:
+    """Returns Eqs. 6 to 8 in numbers: L(theta') = L(theta) + eta * grad L . grad J + o(eta).
 
-def _value_and_gradient(model, parameters, losses, name, create_graph=False):
-    """(mean of the losses, {name: its gradient}) at `parameters`, one micro-batch after the other."""
-    def forward(*args, **kwargs):
-        return functional_call(model, parameters, args, kwargs)  # the model with these in place of its own
-
-    leaves, total = list(parameters.values()), 0.0
-    # A second derivative (create_graph) needs the math kernel: fused attention kernels have a first one only.
-    with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
-        for loss in losses:
-            value = loss(forward)
-            if not isinstance(value, torch.Tensor) or value.dim() != 0:
-                got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ValueError(f"{name} must return a scalar tensor, got {got}")
-            value, grads = value / len(losses), [None]
-            if value.requires_grad and create_graph:
-                grads = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-            elif value.requires_grad:
-                value.backward(inputs=leaves)  # adds up in the .grad of these leaves, never in the model's
-                grads = [p.grad for p in leaves]
-            if all(g is None for g in grads):
-                raise ValueError(f"{name} does not depend on the trainable parameters: it must call the "
-                                 f"`forward` it is given, not the model, outside torch.no_grad()")
-            total = total + value.detach()
-    for p in leaves:
-        p.grad = None
-    torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of these leaves
-    return total, {key: torch.zeros_like(p) if g is None else g
-                   for (key, p), g in zip(parameters.items(), grads)}
-
-
-def _step_size(grads, eta, normalize):
-    """(the factor before grad J in Eq. 3, |grad J|), 0-dim tensors: a float would wait for the device.
-
-    Normalised, the factor is eta / (|grad J| + 1e-12), and 0 where grad J = 0. Mind the case in between: when
-    all k responses are identical, rounding still makes their rewards differ where they sit in rows of another
-    padding. grad J is then 1e-8 of noise, and normalising blows it up to a full step in a random direction.
+    `vanilla_loss` L(theta); `first_order_gain` eta * grad L . grad J, to hold against
+    L(theta') - L(theta); `difference_adapted` J(theta'); `cosine` of grad L and grad J: above 0,
+    climbing J raises L, so the two aims conflict on these batches. Costs about three steps.
+    Arguments and errors as in `meta_gradient`. Source: paper, Eqs. 6 to 8.
     """
-    norm = _norm(grads)
-    return (eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta)), norm
+    grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)  # at eta = 0, theta' is theta
+    grad_L, at_theta = meta_gradient(model, vanilla_loss, meta_loss, eta=0.0)
+    _, at_theta_prime = meta_gradient(model, meta_loss, meta_loss, eta, normalize=normalize)
+    scale, norm = step_scale(grad_J.values(), eta, normalize)
+    dot = sum((grad_L[name] * grad_J[name]).sum() for name in grad_J)
+    return {
+        "vanilla_loss": at_theta["vanilla_loss_adapted"],
+        "first_order_gain": float(scale * dot),
+        "cosine": float(dot / (global_norm(grad_L.values()) * norm + 1e-12)),
+        "difference_adapted": at_theta_prime["vanilla_loss_adapted"],
+    }
 
 
-@torch.no_grad()
-def _ascend(theta, grad_J, scale):
-    """Eq. 3: theta' as new leaves."""
-    return {name: _plus(p, scale, grad_J[name]).requires_grad_() for name, p in theta.items()}
-
-
-def _add_curvature(grads, model, theta, meta_losses, grad_J, scale, norm, normalize):
-    """g + scale * H (I - u u^T) g: with g = grads, H the Hessian of J at theta, u = grad J / |grad J| (or 0).
-
-    That is the transposed Jacobian of Eq. 3 times g. (I - u u^T: a normalised step keeps its length, however
-    grad J grows.) H v is the gradient of the number grad J . v (Pearlmutter 1994), so H is never formed. It
-    needs the graph of grad J: kept since Eq. 2, or, with micro-batches, built again one at a time.
-    """
-    v = grads
-    if normalize:
-        along = sum((grad_J[name].detach() * g).sum() for name, g in grads.items()) / (norm + 1e-12) ** 2
-        v = {name: g - along * grad_J[name].detach() for name, g in grads.items()}
-    for loss in meta_losses:
-        if len(meta_losses) > 1:
-            _, grad_J = _value_and_gradient(model, theta, [loss], "meta_loss", create_graph=True)
-        curved = [name for name, g in grad_J.items() if g.requires_grad]  # J is linear in the others
-        if curved:
-            Hv = torch.autograd.grad([grad_J[name] for name in curved], list(theta.values()),
-                                     grad_outputs=[v[name] for name in curved], materialize_grads=True)
-            grads = {name: _plus(g, scale / len(meta_losses), h) for (name, g), h in zip(grads.items(), Hv)}
-    return grads
-
-
-def _plus(a, scale, b):
-    """a + scale * b, in float32 at least and rounded once; fp16 could not even hold a scale of 1e5."""
-    return (a + scale.to(a.device) * b.to(scale.dtype)).to(a.dtype)
-
-
-def _norm(tensors):
-    """Euclidean norm of all tensors together, in float32 at least; over all processes' shards under FSDP2."""
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32))
-             for t in tensors]
-    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-
-
-def _trainable(model):
-    """theta: {name: leaf}, sharing the trainable parameters' memory but not their .grad; tied ones once."""
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ValueError("gradient checkpointing is on: backward would recompute activations at theta, not "
-                         "at theta', and give a wrong gradient; use metarm.lookahead, or turn it off")
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel) or any(
-            hasattr(p, "full_tensor") for p in model.parameters()):
-        raise ValueError("a DDP or FSDP2 model cannot be called at other parameters; use metarm.lookahead")
-    theta = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+# ------------------------------------------------------------------------------------- its helpers
+def trainable(model) -> Parameters:
+    """Returns theta: leaves that share the trainable parameters' memory, but not their .grad."""
+    ddp = torch.nn.parallel.DistributedDataParallel
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    if sharded or any(isinstance(module, ddp) for module in model.modules()):
+        raise ValueError("a DDP or FSDP2 model has one set of parameters; use metarm.lookahead")
+    theta = {n: p.detach().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
     if not theta:
-        raise ValueError("the model has no trainable parameters: requires_grad is False for all of them")
+        raise ValueError("the model has no trainable parameters: requires_grad is False for all")
     return theta
 
 
-def _reshard(model):
-    """FSDP2: drop gathered weights, so that the next forward gathers the shards anew."""
+def everywhere(model, parameters: Parameters) -> Parameters:
+    """Returns the parameters under every place where the model holds them, {place: tensor}.
+
+    A tied weight stands in two modules, and a module may have two names. functional_call's own way
+    of finding tied weights leaves theta' in place of theta in a module with two names.
+    """
+    at, name_of = {}, {id(p): name for name, p in model.named_parameters()}
+    for prefix, module in model.named_modules():  # each module once, under its first name
+        for place, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            if p.requires_grad:
+                at[place] = parameters[name_of[id(p)]]
+    return at
+
+
+NO_CHECKPOINTING = (
+    "gradient checkpointing runs the model again in the backward pass, at theta instead of theta'; "
+    "use metarm.lookahead, or turn it off"
+)
+
+
+def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_graph=False):
+    """Returns (mean of the losses, {name: its gradient}), one micro-batch after the other."""
+    losses = [losses] if callable(losses) else list(losses)
+    leaves, sums, total = list(parameters.values()), dict.fromkeys(parameters), 0.0
+    options = {"create_graph": create_graph, "allow_unused": True}
+    for loss in losses:
+        grads = [None] * len(leaves)
+        try:
+            with disable_saved_tensors_hooks(NO_CHECKPOINTING):  # by these, it recomputes
+                value = loss(forward) / len(losses)
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, leaves, **options)
+        except RuntimeError as error:
+            if "checkpoint" in str(error):
+                raise ValueError(NO_CHECKPOINTING) from None
+            raise
+        total = total + value.detach()
+        for name, g in zip(parameters, grads, strict=True):
+            if g is not None:
+                sums[name] = g if sums[name] is None else sums[name] + g
+    torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of the leaves
+    if all(g is None for g in sums.values()):
+        fix = "it must call the `forward` it is given, not the model, and not under no_grad()"
+        raise ValueError(f"a loss does not depend on the trainable parameters: {fix}")
+    # A parameter without a part in the loss gets zeros.
+    grads = {n: torch.zeros_like(p) if sums[n] is None else sums[n] for n, p in parameters.items()}
+    return total, grads
+
+
+def step_scale(grads, eta: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Returns (the factor before grad J in Eq. 3, |grad J|): 0-dim tensors, to not wait for a GPU.
+
+    Normalised, a tiny |grad J| is blown up, too: if all k responses are equal, rounding still makes
+    their rewards differ, and noise of 1e-8 becomes a full step. Exactly 0 stays 0.
+    """
+    if not (math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta must be a finite number >= 0, got {eta}")
+    norm = global_norm(grads)
+    return eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta), norm
+
+
+def plus(a: Tensor, scale: Tensor, b: Tensor) -> Tensor:
+    """Returns a + scale * b, in float32 at least and rounded once: fp16 could not hold 1e5."""
+    return (a + scale.to(a.device) * b.to(scale.dtype)).to(a.dtype)
+
+
+def global_norm(tensors) -> Tensor:
+    """Returns the norm of all tensors together, in float32 at least; under FSDP2 of all shards."""
+    norms = []
+    for t in tensors:
+        norm = torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def figures(**tensors: Tensor) -> dict[str, float]:
+    """Returns the tensors as floats (only here we wait for the device). Raises NotFinite."""
+    found = {name: float(value.detach()) for name, value in tensors.items()}
+    for name, value in found.items():
+        if not math.isfinite(value):
+            fix = "look for NaN in weights and batch, or lower eta or the learning rate"
+            raise NotFinite(f"{name} is {value}: {fix}")
+    return found
+
+
+def reshard(model) -> None:
+    """FSDP2: drops gathered weights, so that the next forward gathers the shards anew."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
 
 
-def _as_list(loss, name):
-    losses = [loss] if callable(loss) else list(loss)
-    if not losses or not all(map(callable, losses)):
-        raise ValueError(f"{name} must be a function forward -> scalar, or a list of at least one")
-    return losses
+# ------------------------------------------------------------------------------------- the command
+def micro_batches(loss: Callable, groups: list, size: int) -> list[Loss]:
+    """Returns losses of equal weight, each of `size` groups; loss: (forward, groups) -> mean."""
+    chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
+    weight = len(chunks) / len(groups)  # a smaller last chunk counts by its share
+    return [lambda forward, c=chunk: weight * len(c) * loss(forward, c) for chunk in chunks]
 
 
-def _check(eta, order="first"):
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta must be a finite number >= 0, got {eta}")
-    if order not in ("first", "exact"):
-        raise ValueError(f"order must be 'first' or 'exact', got {order!r}")
-
-
-# ---------------------------------------------------------------------------------- what to look at meanwhile
-
-def diagnostics(model: torch.nn.Module, vanilla_loss: Loss | list[Loss], meta_loss: Loss | list[Loss],
-                eta: float, normalize: bool = False) -> dict[str, float]:
-    """Eqs. 6-8 in numbers, at theta. Costs a little more than a training step; arguments as `meta_gradient`.
-
-    Taylor: L(theta') = L(theta) + eta * grad L . grad J + o(eta). Returns `vanilla_loss` L(theta),
-    `first_order_gain` eta * grad L . grad J (hold it against L(theta') - L(theta)), `difference_adapted`
-    J(theta') and `cosine` of grad L and grad J: above 0, climbing J raises L here, the aims conflict.
-    """
-    theta, meta_losses = _trainable(model), _as_list(meta_loss, "meta_loss")
-    loss, grad_L = _value_and_gradient(model, theta, _as_list(vanilla_loss, "vanilla_loss"), "vanilla_loss")
-    _, grad_J = _value_and_gradient(model, theta, meta_losses, "meta_loss")
-    scale, norm = _step_size(grad_J.values(), eta, normalize)
-    difference, _ = _value_and_gradient(model, _ascend(theta, grad_J, scale), meta_losses, "meta_loss")
-    dot = sum((grad_L[name] * grad_J[name]).sum() for name in theta)
-    cosine = dot / (_norm(grad_L.values()) * norm + 1e-12)
-    return {"vanilla_loss": float(loss), "first_order_gain": float(scale * dot), "cosine": float(cosine),
-            "difference_adapted": float(difference)}
-
-
-# --------------------------------------------------------------------------------------------------- plumbing
-
-@dataclass
-class MetaRMConfig:
-    model: str = field(metadata={"help": "language model (folder or hub name) that RM_0 started from"})
-    data: str = field(metadata={"help": "preference pairs D, .jsonl or .jsonl.gz"})
-    meta: str = field(metadata={"help": "meta set S, .jsonl: a prompt and k responses of the policy a row"})
-    out: str = field(metadata={"help": "folder to write the reward model to"})
-    eval_data: str = field(default="", metadata={"help": "held-out pairs for the accuracy in log.jsonl"})
-    save_adapted: str = field(default="", metadata={"help": "folder to write theta' of the trained model to"})
-    eta: float = field(default=5e-6, metadata={"help": "length of the ascent step, Eq. 3"})
-    normalize: bool = field(default=False, metadata={"help": "ascend by eta * grad J / |grad J|"})
-    order: Literal["first", "exact"] = field(default="first", metadata={
-        "help": "first: as the authors run it; exact: differentiate through the ascent, at twice the time"})
-    lr: float = field(default=5e-6, metadata={"help": "alpha of Eq. 5, AdamW's learning rate, decaying to 0"})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's"})
-    batch_size: int = field(default=16, metadata={"help": "n: pairs of D a step"})
-    meta_batch_size: int = field(default=16, metadata={"help": "m: prompts of S a step, k responses each"})
-    micro_batch_size: int = field(default=16, metadata={
-        "help": "pairs of D, or prompts of S, a forward pass: lower it if memory is short"})
-    epochs: int = field(default=1, metadata={"help": "passes over D; the paper's RMs see each pair once"})
-    max_length: int = field(default=0, metadata={"help": "drop rows of more tokens; 0: refuse them"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "longer gradients are scaled down to it"})
-    gradient_checkpointing: bool = field(default=False, metadata={
-        "help": "less memory, a third more time; the climb is then taken in place (lookahead), first order only"})
-    checkpoint_minutes: float = field(default=5.0, metadata={"help": "a cut-off costs at most about this much work"})
-    log_every: int = field(default=20, metadata={"help": "steps between diagnostics and accuracies"})
-    seed: int = field(default=0, metadata={"help": "of the new head and of the orders of D and S"})
-
-
-def train(cfg: MetaRMConfig) -> None:
+def train(args) -> None:
+    """The command: Algorithm 1 on D and S."""
     import data
     import rm
-    from tqdm import tqdm
-    _check(cfg.eta, cfg.order)
-    if cfg.gradient_checkpointing and cfg.order == "exact":
-        raise ValueError("--gradient_checkpointing goes with --order first only: the exact gradient needs J's graph whole")
-    out, adapted = map(os.path.abspath, (cfg.out, cfg.save_adapted))
-    if cfg.save_adapted and os.path.commonpath([out, adapted]) in (out, adapted):
-        raise ValueError(f"--save_adapted {cfg.save_adapted} and --out {cfg.out}: theta' needs another folder than theta, "
-                         f"outside it")
-    stage = partial(data.stage, "metarm.py", inputs=["model", "data", "eval_data", "meta"],
-                    ignore=("out", "save_adapted", "checkpoint_minutes"), also=("save_adapted",))
-    device = rm.pick_device()
 
-    def load(path, seed=None):
-        model, tokenizer = rm.load_reward_model(path, seed)
-        rows = [tuple(rm.encode(tokenizer, row["prompt"], response) for response in row["responses"])
-                for row in data.read_meta(cfg.meta)]
-        samples = rm.keep_short(model, rows, cfg.meta, cfg.max_length)
-        if len(samples) < cfg.meta_batch_size:
-            raise ValueError(f"{cfg.meta}: {len(samples)} prompts are fewer than one batch of "
-                             f"{cfg.meta_batch_size}; lower --meta_batch_size")
-        return model.to(device), tokenizer, samples
+    if args.eta < 0:
+        raise data.Mistake(f"--eta {args.eta}: the ascent needs a length of 0 or more")
+    pairs, samples = data.read_preferences(args.data), data.read_meta(args.meta)
+    adapted = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
+    with data.output_folder(args.out) as work, adapted as adapted_work:
+        # The head and the order of D are rm.py's with the same seed: only the gradient differs.
+        model, tokenizer = rm.load_reward_model(args.model, args.seed)
+        model.to(rm.pick_device())
+        _, D = rm.encode_groups(model, tokenizer, pairs, args.data, args.max_length)
+        _, S = rm.encode_groups(model, tokenizer, samples, args.meta, args.max_length)
+        look = rm.look_at(args, model, tokenizer)
+        steps, batches_of_S = len(D) // args.batch_size * args.epochs, []
+        size, flag, seed = args.meta_batch_size, "--meta_batch_size", args.seed + 1_000_000
+        while len(batches_of_S) < steps:  # pass over S again, in a new order
+            batches_of_S += rm.epoch_batches([0] * len(S), size, seed, flag)
+            seed += 1
+        climbing = {"eta": args.eta, "normalize": args.normalize}
 
-    def J(forward, chunk, model, tokenizer):  # of some prompts of S, k responses each
-        with rm.autocast(device):
-            return difference_loss(rm.rewards_of(forward, model, tokenizer, chunk).view(len(chunk), -1))
+        def J(forward, groups):  # Eq. 2 on prompts of S
+            with rm.autocast(model.device):
+                rewards = rm.rewards_of(forward, model, tokenizer, groups)  # (m k,)
+                return difference_loss(rewards.view(len(groups), -1))
 
-    def L(forward, chunk, model, tokenizer):  # of some pairs of D
-        with rm.autocast(device):
-            return rm.pair_loss(forward, model, tokenizer, chunk)
+        def L(forward, groups):  # Eq. 1 on pairs of D
+            with rm.autocast(model.device):
+                return rm.pair_loss(forward, model, tokenizer, groups)
 
-    with stage(cfg) as work:
-        if work is not None:
-            raw_pairs = data.read_preferences(cfg.data)
-            held_out = data.read_preferences(cfg.eval_data) if cfg.eval_data else []
-            model, tokenizer, samples = load(cfg.model, cfg.seed)
-            pairs = rm.encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
-            held_out = rm.encode_pairs(model, tokenizer, held_out, cfg.max_length, cfg.eval_data, as_text=True)
-            # The new head and the order of D are rm.py's with the same seed: only the gradient differs.
-            order_of_D = [batch for epoch in range(cfg.epochs)
-                          for batch in rm.epoch_batches(rm.row_lengths(pairs), cfg.batch_size, cfg.seed + epoch)]
-            order_of_S = cycle(len(samples), cfg.meta_batch_size, seed=cfg.seed + 1_000_000)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-            parts = {"model": model, "optimizer": optimizer, "schedule": rm.linear_decay(optimizer, len(order_of_D))}
-            done, kept = rm.resume(work, parts)
-            log, warned, checkpoint = kept.get("log", []), False, rm.Checkpoint(work, parts, cfg.checkpoint_minutes)
-            if cfg.gradient_checkpointing:
-                rm.checkpoint_gradients(model)
-            with tqdm(order_of_D, desc=f"MetaRM {cfg.out}", mininterval=1) as bar:
-                for step, (pair_indices, prompt_indices) in enumerate(zip(bar, order_of_S)):
-                    if step < done:
-                        continue
-                    X_t = micro_batches(L, pairs, pair_indices, cfg.micro_batch_size, model, tokenizer)
-                    X_s = micro_batches(J, samples, prompt_indices, cfg.micro_batch_size, model, tokenizer)
-                    row = {"step": step, "steps": len(order_of_D)}
-                    if step % cfg.log_every == 0 and held_out:
-                        row["accuracy"] = rm.accuracy(model, tokenizer, held_out)
-                    if step % cfg.log_every == 0 and not cfg.gradient_checkpointing:
-                        row |= diagnostics(model, X_t, X_s, cfg.eta, cfg.normalize)
-                    step_with = in_place_step if cfg.gradient_checkpointing else partial(metarm_step, order=cfg.order)
-                    row |= step_with(model, optimizer, X_t, X_s, cfg.eta, normalize=cfg.normalize,
-                                     max_grad_norm=cfg.max_grad_norm)
-                    parts["schedule"].step()
-                    log.append(row)
-                    checkpoint(step + 1, log=log)
-                    bar.set_postfix(L=f"{row['vanilla_loss_adapted']:.3f}", J=f"{row['difference']:.3f}",
-                                    refresh=False)
-                    if row.get("moved", 1) < 0.01 and cfg.eta > 0 and not warned:
-                        warned = True
-                        print(f"metarm.py: warning: in step {step}, Eq. 3 changed {row['moved']:.2%} of the "
-                              f"weights, the rest by less than rounding; raise --eta, or --normalize",
-                              file=sys.stderr)
-            final = {"step": len(order_of_D), "steps": len(order_of_D)}
-            found = f"{len(log)} steps, J on S {log[0]['difference']:.3f} -> {log[-1]['difference']:.3f}"
-            if held_out:
-                final["accuracy"] = rm.accuracy(model, tokenizer, held_out)
-                found += f", {final['accuracy']:.1%} right on {len(held_out)} held-out pairs"
-            print(f"{cfg.out}: {found}")
-            rm.save_model(model, tokenizer, work)
-            data.write_jsonl(work / "log.jsonl", log + [final])
+        def step(optimizer, batch_of_D, number):  # one turn of Algorithm 1
+            X_t = micro_batches(L, batch_of_D, args.micro_batch_size)
+            X_s = [S[i] for i in batches_of_S[number]]
+            X_s = micro_batches(J, X_s, args.micro_batch_size)
+            info, how = {}, climbing | {"order": args.order, "max_grad_norm": args.max_grad_norm}
+            try:
+                if number % args.log_every == 0:
+                    info = diagnostics(model, X_t, X_s, **climbing)
+                return info | metarm_step(model, optimizer, X_t, X_s, **how)
+            except NotFinite as error:
+                raise data.Mistake(f"--out {args.out}, step {number}: {error}") from None
 
-    if cfg.save_adapted:  # one climb from the trained theta, on one seeded batch of up to 64 prompts of S
-        with stage(replace(cfg, out=cfg.save_adapted, save_adapted="")) as work:
-            if work is not None:
-                model, tokenizer, samples = load(cfg.out)
-                some = next(cycle(len(samples), min(64, len(samples)), cfg.seed))
-                X_s = micro_batches(J, samples, some, cfg.micro_batch_size, model, tokenizer)
-                model.load_state_dict(adapted_parameters(model, X_s, cfg.eta, cfg.normalize), strict=False)
-                rm.save_model(model, tokenizer, work)
+        log = rm.fit(args, work, model, D, step, look)
+        rm.save_model(model, tokenizer, work)
+        if args.save_adapted:  # one climb from the trained theta
+            some = next(rm.epoch_batches([0] * len(S), min(64, len(S)), args.seed))
+            X_s = micro_batches(J, [S[i] for i in some], args.micro_batch_size)
+            model.load_state_dict(adapted_parameters(model, X_s, **climbing), strict=False)
+            rm.save_model(model, tokenizer, adapted_work)
+    print(f"{args.out}: {len(D)} pairs, {len(S)} prompts of S; at the end {log[-1]}")
 
 
-def in_place_step(model, optimizer, X_t, X_s, eta, normalize, max_grad_norm) -> dict[str, float]:
-    """`metarm_step`, first order, through `lookahead`: what gradient checkpointing needs."""
-    sums = {"difference": 0.0, "vanilla_loss_adapted": 0.0}
-
-    def backward(closures, name):
-        for closure in closures:
-            loss = closure(model) / len(closures)
-            loss.backward()
-            sums[name] += loss.item()
-
-    optimizer.zero_grad()
-    backward(X_s, "difference")
-    with lookahead(model, eta, normalize):
-        backward(X_t, "vanilla_loss_adapted")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    if not all(map(math.isfinite, (*sums.values(), norm))):
-        raise ValueError(f"J, L or a gradient is not finite ({sums}, {norm}), so no step was taken: lower eta (now {eta}) or "
-                         f"the learning rate")
-    optimizer.step()
-    optimizer.zero_grad()
-    return sums | {"grad_norm": norm}
-
-
-def cycle(n: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Batches of n items for ever, every pass over them in a new seeded order."""
-    import rm
-    while True:
-        yield from rm.epoch_batches([0] * n, size, seed)  # unsorted by length: in a small S, batches would never mix
-        seed += 1
-
-
-def micro_batches(loss: Callable, rows: list, indices: list[int], size: int, *context) -> list[Loss]:
-    """Losses of equal weight, as `meta_gradient` wants them; a smaller last one is scaled to its share."""
-    chunks = [[rows[i] for i in indices[start:start + size]] for start in range(0, len(indices), size)]
-    weight = len(chunks) / len(indices)
-    return [lambda forward, chunk=chunk: weight * len(chunk) * loss(forward, chunk, *context)
-            for chunk in chunks]
-
-
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     import data
-    return data.command("metarm.py", MetaRMConfig, train, argv, __doc__)
+    import rm
+
+    parser = data.new_parser("metarm.py", __doc__)
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    rm.training_options(parser)
+    add("--meta", required=True, help="meta set S, .jsonl: a prompt and k responses per row")
+    add("--eta", type=float, default=5e-6, help="length of the ascent, Eq. 3")
+    add("--normalize", action=flag, default=False, help="ascend by eta * grad J / |grad J|")
+    add("--order", choices=["first", "exact"], default="first", help="exact takes twice as long")
+    add("--meta_batch_size", type=int, default=16, help="m: prompts of S per step")
+    add("--save_adapted", default="", help="folder to write theta' of the trained model to")
+    return data.command(parser, train, argv)
 
 
 if __name__ == "__main__":

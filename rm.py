@@ -1,153 +1,217 @@
-"""The reward model (RM): from preference pairs to a number a response.
+r"""The reward model (RM): a number for each response, learned from preference pairs.
 
-Concept: the Bradley-Terry model. A pair says that `chosen` beat `rejected` for the same prompt; the RM r(x, y) is
-a language model with a linear head on its last token, trained so that sigma(r_chosen - r_rejected) is the
-probability of that verdict (paper, Eq. 1: the vanilla loss). Everything else that needs a reward - the meta step,
-PPO, the report - goes through `encode`, `collate` and `score` below, so that one text always gets one reward.
+Concept: the Bradley-Terry model. A pair says that `chosen` beat `rejected` for the same prompt. The
+RM r(x, y) is a language model with a linear head on its last token, trained so that
+sigma(r_chosen - r_rejected) is the probability of that verdict (Eq. 1, the vanilla loss).
 
-    python rm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl --eval_data runs/toy/pairs/valid.jsonl \
-                 --out runs/toy/rm0          [--weight_by runs/toy/ppo-1/policy --tau 0.01: OCRM, see `pair_weights`]
+    python rm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl --out runs/toy/rm0
 
-writes a folder that `AutoModelForSequenceClassification.from_pretrained` reads, its tokenizer, and `log.jsonl`
-(the loss each step; accuracy on the held-out pairs every `--log_every` steps).
+writes a folder that `AutoModelForSequenceClassification.from_pretrained` reads, and `log.jsonl`.
+
+Three names, the same in all files:
+
+    text   a prompt and a response, as strings     ("\n\nHuman: Hi!\n\nAssistant:", " Hello.")
+    row    a text as token ids, (prompt_ids, response_ids), the latter up to and including EOS
+    group  the rows of one prompt: the two of a pair of D (chosen first), the k of a prompt of S
+
+Whatever needs a reward (the meta step, PPO, the report) goes through `encode`, `collate` and
+`score`, so that one text always gets one reward.
 """
 
 import inspect
 import math
 import os
+import re
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import data
 
+Row = tuple[list[int], list[int]]
+Group = Sequence[Row]
 
-# ---------------------------------------------------------------------------------------------- the loss (Eq. 1)
 
-def preference_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor,
-                    weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Eq. 1: L = -mean log sigma(r(x, y_w) - r(x, y_l)); with `weights`, -mean w log sigma(...), as OCRM has it.
+# ------------------------------------------------------------------------------- the loss (Eq. 1)
+def preference_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Returns Eq. 1, L = -mean w log sigma(r(x, y_w) - r(x, y_l)); w = 1 without weights.
 
-    Shapes: all (n,), one pair an entry; returns a scalar in nats (log 2 = a coin toss).
-    Raises ValueError on other shapes. Source: paper Eq. 1; Bradley & Terry 1952.
-
-    logsigmoid, not log(sigmoid(.)): at a margin of -100 float32's sigmoid is 0 and its log -inf, and with it the
-    gradient; logsigmoid returns -100 and a gradient of 1.
+    Shapes: all (n,), one entry per pair; returns a scalar in nats (log 2 = a coin toss).
+    Raises: ValueError on other shapes. Source: paper, Eq. 1; Bradley & Terry 1952.
     """
-    if chosen_rewards.dim() != 1 or chosen_rewards.shape != rejected_rewards.shape or not len(chosen_rewards):
-        raise ValueError(f"preference_loss needs chosen and rejected rewards of one shape (n,), n >= 1; got "
-                         f"{tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}")
+    shapes = [tuple(x.shape) for x in (chosen_rewards, rejected_rewards, weights) if x is not None]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] < 1:
+        raise ValueError(f"preference_loss needs tensors of one shape (n,), n >= 1; got {shapes}")
+    # Not log(sigmoid(.)): at a margin of -100, float32's sigmoid is 0 and its log -inf. logsigmoid
+    # returns -100 there, with a gradient of 1.
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-    if weights is None:
-        return losses.mean()
-    if weights.shape != losses.shape:
-        raise ValueError(f"preference_loss needs weights of the rewards' shape {tuple(losses.shape)}, not {tuple(weights.shape)}")
-    return (weights * losses).mean()  # by the number of pairs, not by the sum of the weights: theirs is 1 a pair over all of D
+    # Divide by n, not by the sum of this batch's weights: the weights already average 1 over D.
+    return losses.mean() if weights is None else (weights * losses).mean()
 
 
-# ---------------------------------------------------------------------------------- one text, one row of token ids
-
+# ----------------------------------------------------------------------- one text, one row of ids
 def end_id(tokenizer) -> int:
-    """The id that ends a response: EOS, or an encoder's [SEP]."""
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if end is None:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no EOS (nor SEP) token; a response needs an end")
-    return end
+    """Returns the id that ends a response: EOS, or an encoder's [SEP]. Raises Mistake if none."""
+    for end in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if end is not None:
+            return end
+    raise data.Mistake(f"{tokenizer.name_or_path}: its tokenizer has no EOS (nor SEP) token")
 
 
-def encode(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
-    """ids(prompt) and ids(response) + EOS. Training, scoring and the meta set all encode here and nowhere else.
-
-    The two texts are tokenized APART. Together, a token could straddle the seam, and the same prompt would then
-    have other ids for every response - and other ids than the policy was given to generate from. What a tokenizer
-    puts before a text by itself (BOS, [CLS]) goes before the prompt, once.
-    """
-    with_special, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    start = next((i for i in range(len(with_special)) if with_special[i:i + len(plain)] == plain), 0)
-    prompt_ids = with_special[:start] + tokenizer(prompt, add_special_tokens=False).input_ids
+def encode(tokenizer, prompt: str, response: str) -> Row:
+    """Returns (ids of the prompt, ids of the response + EOS). Nothing is encoded anywhere else."""
+    # What a tokenizer puts before a text by itself (BOS, [CLS]) goes before the prompt, once: a
+    # chat template may have written it already.
+    special, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
+    prefix = special[: starts[0]] if starts else []
+    # Prompt and response are tokenized APART. Together, a token could straddle the seam: the prompt
+    # would have other ids for every response, and other ids than the policy generates from.
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    if prompt_ids[: len(prefix)] != prefix:
+        prompt_ids = prefix + prompt_ids
     response_ids = tokenizer(response, add_special_tokens=False).input_ids
-    return prompt_ids, response_ids + [end_id(tokenizer)]
+    if response_ids[-1:] != [end_id(tokenizer)]:
+        response_ids = response_ids + [end_id(tokenizer)]
+    return prompt_ids, response_ids
 
 
-def collate(tokenizer, rows: list[tuple[list[int], list[int]]], device="cpu") -> dict[str, torch.Tensor]:
-    """Rows of (prompt_ids, response_ids) -> {"input_ids", "attention_mask"}, both (n, longest row).
+def collate(tokenizer, rows: Sequence[Row], device="cpu") -> dict[str, Tensor]:
+    """Returns {"input_ids", "attention_mask"} of rows, both (n, longest row), padded on the RIGHT.
 
-    Padding goes on the RIGHT: real tokens then sit at the positions 0, 1, 2 ... that the model was trained with,
-    and in a causal model no real token can see a pad. (Generation pads on the left, see ppo.py.)
+    Real tokens then sit at the positions 0, 1, 2 ... that the model was trained with, and in a
+    causal model none sees a pad. (ppo.py pads prompts on the left: generation goes on at the end.)
     """
-    return pad([prompt_ids + response_ids for prompt_ids, response_ids in rows], tokenizer.pad_token_id, device)
+    return pad([prompt + response for prompt, response in rows], tokenizer.pad_token_id, device)
 
 
-def pad(rows: list[list[int]], pad_id: int, device="cpu", left: bool = False) -> dict[str, torch.Tensor]:
-    """Rows of ids -> {"input_ids", "attention_mask"}, both (n, longest row), filled up on the right or the left."""
+def pad(rows: list[list[int]], pad_id: int, device="cpu", left=False) -> dict[str, Tensor]:
+    """Returns {"input_ids", "attention_mask"} of lists of ids, both (n, longest list)."""
     width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width).long()
     for i, row in enumerate(rows):
         place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row), 1
+        ids[i, place], mask[i, place] = torch.tensor(row).long(), 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-Group = tuple[tuple[list[int], list[int]], ...]  # encoded rows (prompt_ids, response_ids) that share one prompt
+def encode_groups(
+    model, tokenizer, items: list[dict], source: str, max_length: int = 0
+) -> tuple[list[dict], list[Group]]:
+    """Returns (items kept, their groups). An item is a row of D, S or SFT, as data.py reads them.
 
-# Decoders for which a cached prompt was checked against plain rows (tests/test_rm.py). Others - encoders, recurrent
-# state, attention windows - read every row in full.
-SHARE_PROMPTS = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox", "opt"}
-
-
-def rewards_of(forward: Callable, model, tokenizer, groups: list[Group]) -> torch.Tensor:
-    """(n,) rewards, group by group, of groups of rows; `forward` is the model, perhaps called at other parameters.
-
-    The responses of a group answer ONE prompt, so a decoder reads it once and each response on a copy of its cache:
-    a pair costs P + 2T tokens instead of 2P + 2T, a prompt of S P + kT instead of kP + kT (HH-RLHF, P = 110, T = 40:
-    1.6 times fewer for a pair, 2.4 for k = 5). Gradients flow through the cache; the rewards are the same.
+    With max_length > 0, an item with a longer row is dropped as a whole, and counted on stderr.
+    Raises: Mistake naming `source` and the row if one does not fit the model, or if none is left.
     """
-    device = next(model.parameters()).device
-    if not shares_prompts(model) or any(not group[0][0] for group in groups):  # (no prompt: nothing to share)
-        return forward(**collate(tokenizer, [row for group in groups for row in group], device)).logits[:, 0]
-    # Prompts are padded on the left, so that every response starts in one column, right behind its prompt.
-    prompts = pad([group[0][0] for group in groups], tokenizer.pad_token_id, device, left=True)
-    responses = pad([response_ids for group in groups for _, response_ids in group], tokenizer.pad_token_id, device)
-    owner = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
-    return read_prompts_once(forward, model, prompts, responses, owner)[1].logits[:, 0]
+    limit, kept, groups = positions(model), [], []
+    for number, item in enumerate(items, 1):
+        keys = [key for key in ("chosen", "rejected", "response") if key in item]
+        responses = item["responses"] if "responses" in item else [item[key] for key in keys]
+        group = [encode(tokenizer, item["prompt"], response) for response in responses]
+        [length] = row_lengths([group])
+        if max_length and length > max_length:
+            continue
+        if length > limit:
+            why = f"{length} tokens, but {model.name_or_path} has {limit} positions"
+            fix = f"shorten or drop the row (--max_length {limit} drops it)"
+            raise data.Mistake(f"{source}, row {number}: {why}; {fix}")
+        kept.append(item)
+        groups.append(group)
+    if items and not kept:
+        raise data.Mistake(f"{source}: no row fits into --max_length {max_length}; raise it")
+    if len(kept) < len(items):
+        dropped = f"{len(items) - len(kept)} of {len(items)} rows, longer than {max_length} tokens"
+        print(f"{source}: dropped {dropped}", file=sys.stderr)
+    return kept, groups
 
 
-def shares_prompts(model) -> bool:
-    """Whether `read_prompts_once` will do (gradient checkpointing would drop the cache)."""
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return model.config.model_type in SHARE_PROMPTS and not checkpointing
+def positions(model) -> int:
+    """Returns the most tokens that a row may have."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from padding_idx + 1, so that the first go unused.
+        if limit and "position" in name and getattr(module, "padding_idx", None) is not None:
+            return limit - module.padding_idx - 1
+    return limit if limit and limit > 0 else sys.maxsize
 
 
-def read_prompts_once(forward: Callable, model, prompts: dict, responses: dict, owner: torch.Tensor, **prompt_kwargs):
-    """(output on the prompts, output on the responses): input_ids and attention_mask (m, p), padded on the left, and
-    (n, t), on the right; response i answers the prompt owner[i]. With pads in front, the positions must be told."""
-    position = (prompts["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-    before = forward(**prompts, position_ids=position, use_cache=True, **prompt_kwargs)
-    cache = before["cache" if "cache" in before else "past_key_values"]  # its name before transformers 5.2x
-    cache.batch_select_indices(owner)  # one copy of its prompt's cache for each response
-    mask = torch.cat([prompts["attention_mask"][owner], responses["attention_mask"]], dim=1)
-    position = (mask.cumsum(dim=1) - 1)[:, position.shape[1]:]
-    takes = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return before, forward(input_ids=responses["input_ids"], attention_mask=mask, position_ids=position, use_cache=True,
-                           **{takes: cache})
+def row_lengths(groups: Sequence[Group]) -> list[int]:
+    """Returns the tokens of each group's longest row."""
+    return [max(len(prompt_ids) + len(ids) for prompt_ids, ids in group) for group in groups]
 
 
-# ------------------------------------------------------------------------------------------------ loading a model
+# --------------------------------------------------------------------------- rewards and accuracy
+def rewards_of(forward: Callable, model, tokenizer, groups: Sequence[Group]) -> Tensor:
+    """Returns the rewards (n,) of all rows. `forward` is the model, perhaps at other parameters."""
+    if shares_prompts(model) and all(prompt_ids for group in groups for prompt_ids, _ in group):
+        return rewards_reading_prompts_once(forward, model, tokenizer, groups)
+    rows = [row for group in groups for row in group]
+    return forward(**collate(tokenizer, rows, model.device)).logits[:, 0]
 
+
+def pair_loss(forward: Callable, model, tokenizer, pairs: Sequence[Group]) -> Tensor:
+    """Returns Eq. 1 of pairs (chosen row, rejected row); `forward` as in `rewards_of`."""
+    return preference_loss(*rewards_of(forward, model, tokenizer, pairs).view(-1, 2).unbind(dim=1))
+
+
+@torch.no_grad()
+def score(
+    model, tokenizer, prompts: list[str], responses: list[str], batch_size: int = 64
+) -> Tensor:
+    """Returns the rewards of n texts, a float32 CPU tensor (n,), in the order given.
+
+    Computed without autocast: a reward must not depend on who else is in the batch.
+    Raises: ValueError on unequal counts; Mistake on a text longer than the model's positions.
+    """
+    items = [{"prompt": x, "response": y} for x, y in zip(prompts, responses, strict=True)]
+    _, groups = encode_groups(model, tokenizer, items, f"texts scored by {model.name_or_path}")
+    rows = [row for [row] in groups]
+    # Texts with one prompt form groups of at most a batch, so that their prompt is read once.
+    by_prompt: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_prompt.setdefault(prompt, []).append(i)
+    chunks = []
+    for same in by_prompt.values():
+        chunks += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
+    # Longest first: rows of like length meet, and the batch that needs the most memory comes first.
+    chunks.sort(key=lambda chunk: -row_lengths([[rows[i] for i in chunk]])[0])
+    rewards, was_training = torch.zeros(len(rows)), model.training
+    model.eval()
+    while chunks:
+        batch = [chunks.pop(0)]
+        while chunks and len(chunks[0]) + sum(map(len, batch)) <= batch_size:
+            batch.append(chunks.pop(0))
+        found = rewards_of(model, model, tokenizer, [[rows[i] for i in chunk] for chunk in batch])
+        rewards[[i for chunk in batch for i in chunk]] = found.float().cpu()
+    model.train(was_training)
+    return rewards
+
+
+def accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> float:
+    """Returns the share of pairs whose chosen response gets more reward (a tie counts half)."""
+    prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
+    responses = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    chosen, rejected = score(model, tokenizer, prompts, responses, batch_size).view(-1, 2).unbind(1)
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+
+
+# ----------------------------------------------------------------------------- loading and saving
 class Float32Head(torch.nn.Linear):
-    """The reward head, computed in float32 (or float64) even inside a bf16 autocast region.
+    """A linear layer computed in float32 (or float64), inside a bf16 autocast region too.
 
-    bf16 keeps 8 bits: around r = 4 its steps are 0.03, so two close responses get EQUAL rewards, |r_i - r_j| is 0,
-    and the gradient of the difference loss - which lives on small differences - vanishes.
+    bf16 keeps 8 bits: around r = 4 its steps are 0.03. Two close responses would get EQUAL rewards,
+    and the gradient of the difference loss, which lives on small differences, would vanish.
     """
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(wide)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -155,370 +219,347 @@ class Float32Head(torch.nn.Linear):
 
 
 def load_reward_model(path: str, seed: int | None = None):
-    """(model, tokenizer) from a `save_pretrained` folder or hub name; float32, eval mode, on the CPU.
+    """Returns (model, tokenizer) of a `save_pretrained` folder or hub name: float32, in eval mode.
 
-    `seed=None`: the folder must hold a trained reward head. With a seed, a language model without one gets a new
-    head from that seed: the initialisation that RM_0 and every MetaRM round start from (paper, Figure 4).
-    Raises ValueError, naming the path and the mend, on anything that is no such model.
+    seed=None: the folder must hold a trained reward head. With a seed, a language model gets a new
+    head from it: where RM 0 and the RM of every MetaRM round start (paper, Figure 4).
+    Raises: Mistake, naming the path and the fix, on anything that is no such model.
 
-    Eval mode is the mode for TRAINING here too: dropout off. The paper's step evaluates the model twice, at theta
-    and at theta'; with dropout these would be two different random functions, and climbing the differences
-    between responses (J) would climb the noise between two dropout masks.
+    Eval mode is the mode for TRAINING here, too: no dropout. The meta step evaluates the model at
+    theta and at theta'. With dropout, J would climb the noise between two random functions.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification as RewardModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
-        model, tokenizer, info = load_pretrained(AutoModelForSequenceClassification, path, num_labels=1)
-        missing = sorted(info["missing_keys"])
-        if missing and seed is None:
-            raise ValueError(f"{path}: holds no reward head ({missing[0]} is missing), so it is a language model, not "
-                             f"a reward model; train one from it with rm.py")
-        # transformers' classification heads read the last token that is NOT the pad id. Were EOS the pad id (as in
-        # GPT-2 recipes), the reward would be read before the EOS, or, at a response of EOS alone, in the prompt.
-        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == end_id(tokenizer):
+        unused = LANGUAGE_MODEL_HEADS
+        model, tokenizer, new = load_pretrained(RewardModel, path, unused, num_labels=1)
+        if new and seed is None:
+            why = f"has no reward head ({new[0]} is missing), so it is a language model"
+            raise data.Mistake(f"{path}: {why}; train a reward model from it with rm.py")
+        # transformers' heads read the last token that is NOT the pad id. Were EOS the pad id (as
+        # in GPT-2 recipes), that would be the one before EOS or, if that is all, the prompt's.
+        if tokenizer.pad_token_id in (None, end_id(tokenizer)):
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.use_cache = False
-    head = [module for module in model.modules() if type(module) is torch.nn.Linear and module.out_features == 1]
-    if not head:
-        raise ValueError(f"{path}: no linear head with one output found in {type(model).__name__}")
-    head[-1].__class__ = Float32Head  # the same parameters under the same names, another forward
-    return model.eval(), tokenizer
+    for config in (model.config, model.config.get_text_config()):  # two in image + text models
+        config.pad_token_id, config.use_cache = tokenizer.pad_token_id, False
+    heads = [m for m in model.modules() if type(m) is torch.nn.Linear and m.out_features == 1]
+    if not heads:
+        raise data.Mistake(f"{path}: no linear head with one output in {type(model).__name__}")
+    heads[-1].__class__ = Float32Head  # the same parameters under the same names, another forward
+    try_out(model, tokenizer, path, lambda groups: rewards_of(model, model, tokenizer, groups))
+    return model, tokenizer
 
 
-def load_pretrained(auto_class, path: str, **kwargs):
-    """(model, tokenizer, which weights the checkpoint lacks or has too many); shared by RMs and policies.
+# Weights of a language model's checkpoint that its reward model has no use for.
+LANGUAGE_MODEL_HEADS = (
+    r"^(lm_head|embed_out|lm_loss|pred_layer|(lm_|generator_|discriminator_)?predictions|"
+    r"generator_lm_head|cls\.(predictions|seq_relationship)|sop_classifier|"
+    r"vocab_(transform|layer_norm|projector)|decoder\.(weight|bias)$)"
+)
 
-    Float32 whatever the checkpoint's dtype (master weights: at lr 1e-6 a bf16 weight would not move at all; bf16
-    comes in by autocast), safetensors only, no code from the hub.
+
+def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options):
+    """Returns (model, tokenizer, weights that were new), of RMs and policies: float32 on the CPU.
+
+    Float32 whatever the checkpoint's dtype: at a learning rate of 1e-6, no bf16 weight would move.
+    Raises: Mistake naming the path if it holds no whole and finite checkpoint of this kind.
     """
     from transformers import AutoTokenizer, logging
-    logging.set_verbosity_error()  # "newly initialised: score.weight" is said by us, where it matters
+
+    logging.set_verbosity_error()  # "newly initialised: score.weight" is said by us, if it matters
     logging.disable_progress_bar()
-    if not Path(path).is_dir() and (Path(path).exists() or str(path).count("/") != 1 or str(path)[0] in "./~"):
-        raise ValueError(f"{path}: no such model folder (a `save_pretrained` folder is needed, or a hub name like "
-                         f"HuggingFaceTB/SmolLM2-135M)")
-    what = "tokenizer"
-    try:  # (left at its default, trust_remote_code would have transformers ASK whether to run the hub's code)
+    if not Path(path).is_dir() and (path.count("/") != 1 or path[0] in "./~"):
+        raise data.Mistake(f"{path}: no such folder; give a `save_pretrained` folder or a hub name")
+    options |= {"dtype": torch.float32, "use_safetensors": True}  # no pickles, no code from the hub
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        what = auto_class.__name__
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                                                 output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    except Exception as error:  # a dozen types, from OSError to SafetensorError: all mean the same to the user
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        what = f"its {what}" if Path(path).is_dir() else f"no such folder here, and on the hub its {what}"
-        raise ValueError(f"{path}: {what} cannot be loaded ({first[:300].strip()}); give a whole `save_pretrained` folder: "
-                         f"config.json, safetensors and tokenizer, of an architecture that transformers knows") from error
-    if odd := sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]):  # (5.x: with shapes)
-        raise ValueError(f"{path}: the weight {odd[0]} has not the shape {tuple(model.state_dict()[odd[0]].shape)} that a "
-                         f"{type(model).__name__} needs here: give a checkpoint that fits its config.json and, as a reward "
-                         f"model, returns one number")
-    trunk = [name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")
-             and "pooler" not in name]
-    if trunk:
-        raise ValueError(f"{path}: the checkpoint lacks {len(trunk)} weights of its own architecture, e.g. {trunk[0]}; "
-                         f"it is incomplete or of another kind of model: give a whole one")
-    check_finite(model, path, "start from a sound checkpoint")
-    return model, tokenizer, info
-
-
-def check_finite(model, path, mend: str) -> None:
-    """Raises ValueError if a weight is NaN or infinite: neither loaded nor saved without a word."""
+        model, info = auto_class.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # a dozen types, which mean the same to the user
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise data.Mistake(f"{path}: not a whole {auto_class.__name__} folder ({why})") from error
+    adapter = (Path(path) / "adapter_config.json").exists()  # without peft, it is left out silently
+    if adapter or getattr(model, "_hf_peft_config_loaded", False):
+        fix = "merge it first (merge_and_unload), or see docs/trainers/lora.py"
+        raise data.Mistake(f"{path}: a PEFT adapter, not a whole model; {fix}")
+    trunk, new = f"{model.base_model_prefix}.", sorted(info["missing_keys"])
+    wrong = [f"{key} has another shape" for key in sorted(info["mismatched_keys"])]
+    wrong += [f"{key} is missing" for key in new if key.startswith(trunk) and "pooler" not in key]
+    for key in sorted(info["unexpected_keys"]):
+        if not re.search(may_be_unused, key):
+            wrong.append(f"its weight {key} would not be used ({new or 'nothing'} is missing)")
     for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            raise ValueError(f"{path}: the weight {name} holds NaN or infinity; {mend}")
+        wrong += [] if torch.isfinite(p).all() else [f"{name} holds NaN or infinity"]
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        wrong.append(f"its tokenizer has {len(tokenizer)} tokens, more than its embedding")
+    if wrong:
+        raise data.Mistake(f"{path}: {wrong[0]}; give a sound {type(model).__name__} checkpoint")
+    return model.eval(), tokenizer, new
+
+
+def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]) -> None:
+    """Reads short rows alone and padded together, and refuses a model whose answers differ.
+
+    So what is supported is a rule, and it is checked: a model must honour the attention mask. This
+    also finds out whether prompts can be read once (`model.shares_prompts`, end of this file).
+    answer: groups -> one number per row: its reward, or the log-probability of its response.
+    """
+    texts = {"Hello, how are you?": ["Fine.", "I am well, thank you."], "Hi": ["It is so.", "No"]}
+    groups = [[encode(tokenizer, x, y) for y in ys] for x, ys in texts.items()]
+    kind, config = type(model).__name__, model.config.get_text_config()
+    model.shares_prompts = False
+    with torch.no_grad():
+        try:
+            alone = torch.cat([answer([[row]]) for group in groups for row in group])
+            together = answer(groups)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            why = str(error).splitlines()[0]
+            raise data.Mistake(f"{path}: a {kind} does not read padded rows ({why})") from error
+        # float32 rounds in the sixth digit; a mask that is ignored shows in the first or second.
+        close = {"rtol": 0, "atol": 1e-3 * (alone.abs().max().item() + 1e-2)}
+        if not torch.allclose(alone, together, **close):
+            raise data.Mistake(
+                f"{path}: a padded row gets another answer from a {kind}; use another"
+            )
+        # Rows this short would not feel a window over the last tokens: such models are left out.
+        windows = ("sliding_window", "attention_chunk_size")
+        if not any(getattr(config, name, None) for name in windows):
+            try:
+                model.shares_prompts = True
+                model.shares_prompts = torch.allclose(alone, answer(groups), **close)
+            except Exception:  # no cache, or one of another kind: its rows are read in full
+                model.shares_prompts = False
 
 
 def save_model(model, tokenizer, folder) -> None:
-    """A model folder with its tokenizer beside it, as the whole ecosystem reads it."""
-    check_finite(model, f"--out {folder}".removesuffix(".partial"), "training has diverged: lower --lr (or --eta)")
+    """Writes a model folder with its tokenizer, as transformers does."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def pick_device() -> torch.device:
+    """Returns the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(device: torch.device):
-    """bf16 on CUDA (the weights stay float32); nothing on a CPU, where it would only cost precision."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bf16 on CUDA (weights stay float32); nothing on a CPU, where it would only cost precision."""
+    cuda = device.type == "cuda"
+    return torch.autocast("cuda", dtype=torch.bfloat16) if cuda else nullcontext()
 
 
-# -------------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------- the one training loop: RM, MetaRM, SFT and DPO
+def epoch_batches(
+    lengths: list[int], batch_size: int, seed: int, flag: str = "--batch_size"
+) -> Iterator[list[int]]:
+    """Yields one epoch of len(lengths) items as lists of indices (a smaller last one is left out).
 
-@torch.no_grad()
-def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size: int = 64) -> torch.Tensor:
-    """Rewards of n (prompt, response) texts: float32 CPU tensor (n,), in the order given.
-
-    Computed longest first, so that a batch holds rows of like length (little padding, and the batch that needs the
-    most memory comes first). In float32 without autocast: the answer must not depend on who else is in the batch.
-    Raises ValueError on unequal counts or on a text longer than the model's positions.
-    """
-    if len(prompts) != len(responses):
-        raise ValueError(f"score needs as many prompts as responses; got {len(prompts)} and {len(responses)}")
-    rows = encode_rows(model, tokenizer, zip(prompts, responses), f"to be scored by {model.name_or_path}")
-    by_prompt: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_prompt.setdefault(prompt, []).append(i)
-    groups = [same[start:start + batch_size] for same in by_prompt.values() for start in range(0, len(same), batch_size)]
-    groups.sort(key=lambda group: -max(len(rows[i][0]) + len(rows[i][1]) for i in group))
-    rewards = torch.zeros(len(rows), dtype=torch.float32)
-    was_training = model.training
-    model.eval()
-    while groups:
-        batch = [groups.pop(0)]
-        while groups and len(groups[0]) + sum(map(len, batch)) <= batch_size:
-            batch.append(groups.pop(0))
-        index = [i for group in batch for i in group]
-        rewards[index] = rewards_of(model, model, tokenizer, [tuple(rows[i] for i in group) for group in batch]).float().cpu()
-    model.train(was_training)
-    return rewards
-
-
-def encode_rows(model, tokenizer, texts, source: str, max_length: int = 0) -> list[tuple[list[int], list[int]]]:
-    """`encode` for many (prompt, response) texts. With max_length > 0, longer rows are dropped and counted on stderr.
-
-    Raises ValueError naming `source` and the row if one is longer than the model's positions, or none is left.
-    """
-    rows = [encode(tokenizer, prompt, response) for prompt, response in texts]
-    return [row for row, in keep_short(model, [(row,) for row in rows], source, max_length)]
-
-
-def encode_pairs(model, tokenizer, pairs: list[dict], max_length: int, source: str, as_text: bool = False) -> list:
-    """Preference rows -> [(chosen row, rejected row)]; a pair is kept or dropped as one. Raises as `encode_rows`.
-    With `as_text`, the pairs themselves, less the same."""
-    rows = [(encode(tokenizer, pair["prompt"], pair["chosen"]), encode(tokenizer, pair["prompt"], pair["rejected"]))
-            for pair in pairs]
-    return keep_short(model, rows, source, max_length, pairs if as_text else rows)
-
-
-def check_ids(model, ids: list[int], where: str) -> None:
-    known = model.get_input_embeddings().num_embeddings
-    if max(ids, default=0) >= known:
-        raise ValueError(f"{where}: token id {max(ids)}, but {model.name_or_path} knows only {known} tokens: this tokenizer "
-                         f"and this model do not belong together; put the model's own tokenizer into its folder")
-
-
-def keep_short(model, groups: list[tuple], source: str, max_length: int, items: list | None = None) -> list:
-    """Groups of encoded rows (or the `items` they stand for), less those with a row longer than max_length (0: none may be)."""
-    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    lengths = row_lengths(groups)
-    for i, (group, length) in enumerate(zip(groups, lengths)):
-        check_ids(model, [id for row in group for ids in row for id in ids], f"{source}, row {i + 1}")
-        if length > limit and not 0 < max_length <= limit:
-            raise ValueError(f"{source}, row {i + 1}: {length} tokens, but the model has only {limit} positions; shorten "
-                             f"or drop the row (rm.py, metarm.py and ppo.py do it with --max_length {limit})")
-    kept = [item for item, length in zip(items or groups, lengths) if not max_length or length <= max_length]
-    if groups and not kept:
-        raise ValueError(f"{source}: no row fits into --max_length {max_length}; raise it")
-    if len(kept) < len(groups):
-        print(f"{source}: {len(groups) - len(kept)} of {len(groups)} rows are longer than {max_length} tokens: dropped",
-              file=sys.stderr)
-    return kept
-
-
-def accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> float:
-    """Share of pairs whose chosen response gets the higher reward (a tie counts half)."""
-    responses = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
-    rewards = score(model, tokenizer, [pair["prompt"] for pair in pairs for _ in range(2)], responses, batch_size).view(-1, 2)
-    margins = rewards[:, 0] - rewards[:, 1]
-    return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item()
-
-
-# ------------------------------------------------------------------------------------------- training and plumbing
-
-def epoch_batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """One epoch of len(lengths) items in a seeded order, batch by batch (a smaller last batch is left out).
-
-    Rows of like length share a batch: shuffle, cut into pools of 16 batches, sort each pool by length, cut it into
-    batches, shuffle these. Padding is computed like any token, and this halves it. It is for losses that are means over
-    rows; a mean over the tokens of a batch would favour short rows (see ppo.py). Raises ValueError if there are fewer items than one batch.
+    Padding is computed like any token, so rows of like length share a batch: shuffle, cut into
+    pools of 16 batches, sort each by length, cut it into batches, shuffle these.
+    Raises: Mistake if there are fewer items than one batch.
     """
     if len(lengths) < batch_size:
-        raise ValueError(f"{len(lengths)} rows are fewer than one batch of {batch_size}; lower --batch_size")
+        raise data.Mistake(
+            f"{len(lengths)} rows are less than one batch; lower {flag} {batch_size}"
+        )
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(lengths), generator=generator).tolist()[:len(lengths) // batch_size * batch_size]
-    pools = [sorted(order[i:i + 16 * batch_size], key=lambda j: lengths[j]) for i in range(0, len(order), 16 * batch_size)]
-    batches = [pool[i:i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order, batches = order[: len(order) // batch_size * batch_size], []
+    for start in range(0, len(order), 16 * batch_size):
+        pool = sorted(order[start : start + 16 * batch_size], key=lambda i: lengths[i])
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     for i in torch.randperm(len(batches), generator=generator).tolist():
         yield batches[i]
 
 
-def row_lengths(groups: list[tuple]) -> list[int]:
-    """Tokens of each group of encoded rows (a pair, or the k responses to a prompt): its longest row."""
-    return [max(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in group) for group in groups]
+def gradient_step(model, loss_of: Callable, args, weight_of: Callable = len) -> Callable:
+    """Returns step(optimizer, batch, number) -> {"loss", "grad_norm"}, plain gradient descent.
+
+    loss_of: groups -> scalar mean. A batch is cut into micro-batches to save memory. Each mean
+    counts by its share of the batch (`weight_of`: rows; in SFT tokens): the cut changes nothing.
+    """
+
+    def step(optimizer, batch: list[Group], number: int) -> dict[str, float]:
+        total = 0.0
+        for start in range(0, len(batch), args.micro_batch_size):
+            part = batch[start : start + args.micro_batch_size]
+            with autocast(model.device):
+                loss = loss_of(part) * weight_of(part) / weight_of(batch)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        if not math.isfinite(total + norm):
+            what = f"loss {total}, gradient norm {norm} at step {number}"
+            raise data.Mistake(f"--out {args.out}: {what}; lower --lr")
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": total, "grad_norm": norm}
+
+    return step
 
 
-def resume(work: Path, parts: dict) -> tuple[int, dict]:
-    """(steps done, lists kept) of an interrupted run of this very stage, its `parts` (models, optimizer, schedule) and
-    random numbers put back to where they were; (0, {}) if there is none."""
-    if not (work / "checkpoint.pt").exists():
-        return 0, {}
-    saved = torch.load(work / "checkpoint.pt", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["rng"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
-    print(f"{work}: goes on at step {saved['step']}", file=sys.stderr)
-    return saved["step"], saved["kept"]
+def fit(args, work: Path, model, groups: list[Group], step, look=None, sort=True) -> list[dict]:
+    """Trains on groups and returns log.jsonl, which grows line by line in the folder `work`.
+
+    args: lr, batch_size, epochs, seed, log_every, checkpoint_minutes, out. AdamW; the learning rate
+    decays linearly to 0, as in the paper.
+    step(optimizer, batch, number) -> figures: `gradient_step`, or one turn of Algorithm 1.
+    look() -> figures, before every log_every-th step and at the end.
+    sort: rows of like length share a batch. Not for a mean over tokens: it would favour short rows.
+    """
+    from tqdm import tqdm
+
+    lengths, batches = row_lengths(groups) if sort else [0] * len(groups), []
+    for epoch in range(args.epochs):
+        batches += epoch_batches(lengths, args.batch_size, args.seed + epoch)
+    steps = len(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1 - n / steps))
+    parts = {"model": model, "optimizer": optimizer, "decay": decay}
+    checkpoint = Checkpoint(args, work, parts)
+    done, _ = checkpoint.resume()
+    with tqdm(total=steps, initial=done, desc=args.out, mininterval=1) as bar:
+        for number in range(done, steps):
+            figures = {"step": number, "steps": steps}
+            if look and number % args.log_every == 0:
+                figures |= look()
+            figures |= step(optimizer, [groups[i] for i in batches[number]], number)
+            decay.step()
+            checkpoint.log(figures)
+            checkpoint.save(number + 1)
+            bar.update()
+    if look:
+        checkpoint.log({"step": steps, "steps": steps} | look())
+    return data.read_jsonl(work / "log.jsonl")
 
 
 class Checkpoint:
-    """Writes `checkpoint.pt` into a stage's folder every so many minutes: a cut-off then costs no more than these."""
+    """What a killed stage goes on from: checkpoint.pt, and logs of one line per step."""
 
-    def __init__(self, work: Path, parts: dict, minutes: float):
-        self.path, self.parts, self.minutes, self.last = work / "checkpoint.pt", parts, minutes, time.monotonic()
+    def __init__(self, args, work: Path, parts: dict):
+        self.path, self.parts, self.last = work / "checkpoint.pt", parts, time.monotonic()
+        options = {key: value for key, value in vars(args).items() if key != "checkpoint_minutes"}
+        self.minutes, self.options = args.checkpoint_minutes, repr(sorted(options.items()))
 
-    def __call__(self, step: int, **kept) -> None:
+    def resume(self) -> tuple[int, dict]:
+        """Returns (steps done, what `save` kept), with all parts and random numbers put back."""
+        saved = {"step": 0, "kept": {}}
+        if self.path.exists():
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            if saved["options"] != self.options:
+                raise data.Mistake(f"{self.path.parent} was left by other options; delete it")
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            torch.set_rng_state(saved["rng"])
+            if torch.cuda.device_count() == len(saved["cuda_rng"]):
+                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        for log in self.path.parent.glob("*.jsonl"):  # steps after the checkpoint come again
+            lines = log.read_bytes().splitlines(keepends=True)  # a str would split at U+2028, too
+            data.write_text(log, b"".join(lines[: saved["step"]]).decode())
+        return saved["step"], saved["kept"]
+
+    def log(self, figures: dict, name: str = "log.jsonl") -> None:
+        data.append_jsonl(self.path.with_name(name), figures)
+
+    def save(self, step: int, **kept) -> None:
+        """Writes checkpoint.pt, if the last one is old enough."""
         if time.monotonic() - self.last < 60 * self.minutes:
             return
+        saved = {name: part.state_dict() for name, part in self.parts.items()}
         cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        torch.save({name: part.state_dict() for name, part in self.parts.items()}
-                   | {"step": step, "kept": kept, "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}, f"{self.path}.tmp")
+        saved |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "options": self.options}
+        torch.save(saved | {"step": step, "kept": kept}, f"{self.path}.tmp")
         os.replace(f"{self.path}.tmp", self.path)
         self.last = time.monotonic()
 
 
-def checkpoint_gradients(model) -> None:
-    """Gradient checkpointing: activations are computed again in the backward pass instead of being kept.
-
-    transformers does so in train mode only. Train mode would switch dropout on, so every dropout is set to 0 first.
-    """
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout", "attn_dropout", "dropout_prob", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # (before 5.2x)
-    enable({"use_reentrant": False})
-    model.train()
-
-
-def linear_decay(optimizer, steps: int):
-    """Learning rate from its full value down to 0 over `steps` (the paper's schedule)."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-
-
-def pair_loss(forward: Callable, model, tokenizer, pairs: list[Group], weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Eq. 1 on encoded pairs (chosen row, rejected row); `forward` as in `rewards_of`."""
-    rewards = rewards_of(forward, model, tokenizer, pairs).view(-1, 2)
-    return preference_loss(rewards[:, 0], rewards[:, 1], weights)
+def training_options(parser) -> None:
+    """Adds the options that rm.py and metarm.py share."""
+    add = parser.add_argument
+    add("--model", required=True, help="language model to start from (folder or hub name)")
+    add("--data", required=True, help="preference pairs D, .jsonl or .jsonl.gz")
+    add("--eval_data", default="", help="held-out pairs for the accuracy in log.jsonl")
+    add("--out", required=True, help="folder to write the reward model to")
+    add("--lr", type=float, default=5e-6, help="AdamW's, decaying to 0 (alpha of Eq. 5)")
+    add("--batch_size", type=int, default=16, help="pairs per step")
+    add("--micro_batch_size", type=int, default=16, help="of these per pass; lower to save memory")
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--max_length", type=int, default=0, help="drop longer rows, in tokens; 0: refuse them")
+    add("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to it")
+    add("--log_every", type=int, default=20, help="steps between two looks at held-out pairs")
+    add("--checkpoint_minutes", type=float, default=5.0, help="a kill costs this much work at most")
+    add("--seed", type=int, default=0, help="of a new head, and of the order of the data")
 
 
-@torch.no_grad()
-def pair_weights(pairs: list[dict], policy: str, ref_policy: str, tau: float, batch_size: int = 64) -> torch.Tensor:
-    """OCRM's weights (n,) of preference rows, on the CPU: towards what the current policy would say.
+def look_at(args, model, tokenizer) -> Callable | None:
+    """Returns look() -> {"accuracy": share of --eval_data right}, None without --eval_data."""
+    if not args.eval_data:
+        return None
+    pairs = data.read_preferences(args.eval_data)
+    pairs, _ = encode_groups(model, tokenizer, pairs, args.eval_data, args.max_length)
+    return lambda: {"accuracy": accuracy(model, tokenizer, pairs)}
 
-        w = exp(tau (log pi(y_w|x)/pi_ref(y_w|x) + log pi(y_l|x)/pi_ref(y_l|x))), divided by its mean over D
 
-    with log-ratios of whole responses. tau = 1 is full importance weighting: unbiased, and in practice the weight of a
-    few pairs; OCRM's default is 0.01. Source: Ackermann, Ishida, Sugiyama 2025 (arXiv 2507.15507). ValueError as `encode_pairs`.
-    """
-    import ppo
-    log_ratio = torch.zeros(len(pairs), dtype=torch.float64)
-    for name, sign in ((policy, 1), (ref_policy, -1)):
-        model, tokenizer = ppo.load_policy(name)
+def train(args) -> None:
+    """The command: Eq. 1 on D."""
+    pairs = data.read_preferences(args.data)
+    with data.output_folder(args.out) as work:
+        model, tokenizer = load_reward_model(args.model, args.seed)
         model.to(pick_device())
-        encoded = encode_pairs(model, tokenizer, pairs, 0, f"--weight_by {policy}")
-        ppo.refuse_empty([prompt_ids for (prompt_ids, _), _ in encoded], f"--weight_by {policy}")
-        by_length = torch.tensor(row_lengths(encoded)).argsort(stable=True).tolist()
-        for start in range(0, len(pairs), batch_size):
-            chunk = by_length[start:start + batch_size]
-            batch = ppo.collate(tokenizer, [row for i in chunk for row in encoded[i]], pick_device())
-            with autocast(pick_device()):
-                log_probability = ppo.response_logprobs(model, batch).sum(dim=1)
-            log_ratio[chunk] += sign * log_probability.double().cpu().view(-1, 2).sum(dim=1)  # both sides of a pair
-    weights = len(pairs) * torch.softmax(tau * log_ratio, dim=0)  # = exp / mean of exp, without overflow
-    return weights.float()
-
-
-@dataclass
-class RMConfig:
-    model: str = field(metadata={"help": "language model to start from (folder or hub name), usually the SFT policy"})
-    data: str = field(metadata={"help": "preference pairs D, .jsonl or .jsonl.gz"})
-    out: str = field(metadata={"help": "folder to write the reward model to"})
-    eval_data: str = field(default="", metadata={"help": "held-out pairs for the accuracy in log.jsonl"})
-    lr: float = field(default=5e-6, metadata={"help": "alpha of Eq. 5, AdamW's learning rate, decaying to 0"})
-    batch_size: int = field(default=16, metadata={"help": "pairs a step"})
-    micro_batch_size: int = field(default=16, metadata={"help": "pairs a forward pass: lower it if memory is short"})
-    epochs: int = field(default=1, metadata={"help": "passes over D; the paper's RMs see each pair once"})
-    max_length: int = field(default=0, metadata={"help": "drop pairs longer than this many tokens; 0: refuse them"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients longer than this are scaled down to it"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
-    checkpoint_minutes: float = field(default=5.0, metadata={"help": "a cut-off costs at most about this much work"})
-    weight_by: str = field(default="", metadata={"help": "OCRM: weight pairs by this policy's likelihood over --ref_policy's"})
-    ref_policy: str = field(default="", metadata={"help": "OCRM: the policy that D was sampled from (default: --model)"})
-    tau: float = field(default=0.01, metadata={"help": "OCRM: power of the likelihood ratio; 1: full importance weighting"})
-    log_every: int = field(default=20, metadata={"help": "steps between two looks at the held-out pairs"})
-    seed: int = field(default=0, metadata={"help": "of the new head and of the order of D"})
-
-
-def train(cfg: RMConfig) -> None:
-    from tqdm import tqdm
-    if cfg.ref_policy and not cfg.weight_by:
-        raise ValueError("--ref_policy goes with --weight_by")
-    with data.stage("rm.py", cfg, inputs=["model", "data", "eval_data", "weight_by", "ref_policy"]) as work:
-        if work is None:
-            return
-        raw_pairs = data.read_preferences(cfg.data)
-        held_out = data.read_preferences(cfg.eval_data) if cfg.eval_data else []
-        device = pick_device()
-        model, tokenizer = load_reward_model(cfg.model, seed=cfg.seed)
-        model.to(device)
-        if cfg.gradient_checkpointing:
-            checkpoint_gradients(model)
-        if cfg.weight_by:  # the weights are read off the texts, of the pairs that stay
-            raw_pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data, as_text=True)
-        pairs = encode_pairs(model, tokenizer, raw_pairs, cfg.max_length, cfg.data)
-        weights = None
-        if cfg.weight_by:
-            weights = pair_weights(raw_pairs, cfg.weight_by, cfg.ref_policy or cfg.model, cfg.tau).to(device)
-            print(f"{cfg.out}: weights of D from {weights.min():.2f} to {weights.max():.2f}, worth "
-                  f"{(weights.sum() ** 2 / (weights ** 2).sum()).item():.0f} pairs of {len(weights)}")
-        held_out = encode_pairs(model, tokenizer, held_out, cfg.max_length, cfg.eval_data, as_text=True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-        batches = [batch for epoch in range(cfg.epochs)
-                   for batch in epoch_batches(row_lengths(pairs), cfg.batch_size, cfg.seed + epoch)]
-        parts = {"model": model, "optimizer": optimizer, "schedule": linear_decay(optimizer, len(batches))}
-        done, kept = resume(work, parts)
-        log, checkpoint = kept.get("log", []), Checkpoint(work, parts, cfg.checkpoint_minutes)
-        with tqdm(batches, desc=f"RM {cfg.out}", mininterval=1) as bar:
-            for step, batch in enumerate(bar):
-                if step < done:
-                    continue
-                row = {"step": step, "steps": len(batches)}
-                if held_out and step % cfg.log_every == 0:
-                    row["accuracy"] = accuracy(model, tokenizer, held_out)
-                    bar.set_postfix(accuracy=f"{row['accuracy']:.3f}", refresh=False)
-                row["loss"] = 0.0
-                for start in range(0, len(batch), cfg.micro_batch_size):
-                    indices = batch[start:start + cfg.micro_batch_size]
-                    with autocast(device):
-                        loss = pair_loss(model, model, tokenizer, [pairs[i] for i in indices],
-                                         None if weights is None else weights[indices]) * len(indices) / len(batch)
-                    loss.backward()
-                    row["loss"] += loss.item()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-                if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
-                    raise ValueError(f"--out {cfg.out}: loss {row['loss']}, gradient {norm:.3g} at step {step}; lower --lr")
-                optimizer.step()
-                optimizer.zero_grad()
-                parts["schedule"].step()
-                log.append(row)
-                checkpoint(step + 1, log=log)
-        final = {"step": len(batches), "steps": len(batches)}
-        if held_out:
-            final["accuracy"] = accuracy(model, tokenizer, held_out)
-            print(f"{cfg.out}: {len(pairs)} pairs, {100 * final['accuracy']:.1f} % right on {len(held_out)} held-out pairs")
+        _, groups = encode_groups(model, tokenizer, pairs, args.data, args.max_length)
+        look = look_at(args, model, tokenizer)
+        step = gradient_step(model, lambda part: pair_loss(model, model, tokenizer, part), args)
+        log = fit(args, work, model, groups, step, look)
         save_model(model, tokenizer, work)
-        data.write_jsonl(work / "log.jsonl", log + [final])
+    print(f"{args.out}: {len(groups)} pairs; at the end {log[-1]}")
 
 
-def main(argv=None) -> int:
-    return data.command("rm.py", RMConfig, train, argv, __doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = data.new_parser("rm.py", __doc__)
+    training_options(parser)
+    return data.command(parser, train, argv)
+
+
+# --------------------------------------------------- an optional speed-up: read each prompt once
+# The rows of a group answer ONE prompt, so a decoder can read it once, and each response on a copy
+# of its cache: P + kT tokens instead of k(P + T). Gradients flow through the cache; the rewards are
+# the same. To do without it, set model.shares_prompts = False.
+
+
+def shares_prompts(model) -> bool:
+    """Whether `try_out` found that `read_prompts_once` gives this model's own answers."""
+    return getattr(model, "shares_prompts", False)
+
+
+def rewards_reading_prompts_once(forward, model, tokenizer, groups: Sequence[Group]) -> Tensor:
+    """Returns what `rewards_of` returns, (n,)."""
+    pad_id, device = tokenizer.pad_token_id, model.device
+    # Prompts are padded on the left: all responses then start in one column, behind their prompt.
+    prompts = pad([group[0][0] for group in groups], pad_id, device, left=True)
+    responses = pad([response_ids for group in groups for _, response_ids in group], pad_id, device)
+    owner = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=device)
+    return read_prompts_once(forward, model, prompts, responses, owner)[1].logits[:, 0]
+
+
+def read_prompts_once(forward, model, prompts: dict, responses: dict, owner: Tensor, **options):
+    """Returns (output on the prompts, output on the responses).
+
+    Shapes: input_ids and attention_mask of prompts (m, p), padded on the left; of responses (n, t),
+    on the right; owner (n,): response i answers prompt owner[i]. options: of the pass over prompts.
+    """
+    position = (prompts["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # real tokens only
+    before = forward(**prompts, position_ids=position, use_cache=True, **options)
+    cache = before["cache" if "cache" in before else "past_key_values"]  # renamed in transformers 5
+    cache.batch_select_indices(owner)  # one copy of its prompt's cache for each response
+    mask = torch.cat([prompts["attention_mask"][owner], responses["attention_mask"]], dim=1)
+    inputs = {"input_ids": responses["input_ids"], "attention_mask": mask, "use_cache": True}
+    inputs["position_ids"] = (mask.cumsum(dim=1) - 1)[:, position.shape[1] :]
+    takes = inspect.signature(model.forward).parameters
+    inputs["cache" if "cache" in takes else "past_key_values"] = cache
+    return before, forward(**inputs)
 
 
 if __name__ == "__main__":

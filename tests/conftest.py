@@ -1,5 +1,6 @@
-"""What the tests share: tiny random checkpoints of several architectures, written to disk as a hub folder would be."""
+"""What the tests share: tiny random checkpoints of several architectures, saved in folders."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,57 +10,90 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
-import transformers
+import transformers as tr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
+tr.logging.set_verbosity_error()
 
-TEXT = ["Human: my phone is broken, please help.", "Assistant: Sorry, we will send a new phone today.",
-        "the parcel is late and the invoice is wrong", "thank you for your patience, we refund the charge"] * 4
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=128)
-ARCHITECTURES = {
-    "gpt2": lambda v: transformers.GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=128),
-    "llama": lambda v: transformers.LlamaConfig(vocab_size=v, num_key_value_heads=2, **SMALL),
-    "llama-tied": lambda v: transformers.LlamaConfig(vocab_size=v, tie_word_embeddings=True, **SMALL),
-    "qwen2": lambda v: transformers.Qwen2Config(vocab_size=v, num_key_value_heads=2, **SMALL),
-    "qwen3": lambda v: transformers.Qwen3Config(vocab_size=v, num_key_value_heads=2, head_dim=8, **SMALL),
-    "gemma": lambda v: transformers.GemmaConfig(vocab_size=v, num_key_value_heads=1, head_dim=8, **SMALL),
-    "gpt_neox": lambda v: transformers.GPTNeoXConfig(vocab_size=v, **SMALL),
-    "opt": lambda v: transformers.OPTConfig(vocab_size=v, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2,
-                                            num_attention_heads=4, ffn_dim=48, max_position_embeddings=128),
+TEXT = """Human: my phone is broken, please help.
+Assistant: Sorry, we will send a new phone today.
+the parcel is late and the invoice is wrong
+thank you for your patience, we refund the charge"""
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"intermediate_size": 48, "max_position_embeddings": 128}
+TWO = {**SMALL, "num_key_value_heads": 2}
+GEMMA = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+ARCHITECTURES = {  # vocabulary size -> configuration
+    "gpt2": lambda v: tr.GPT2Config(vocab_size=v, **GPT2),
+    "llama": lambda v: tr.LlamaConfig(vocab_size=v, **TWO),
+    "llama-tied": lambda v: tr.LlamaConfig(vocab_size=v, tie_word_embeddings=True, **SMALL),
+    # Qwen2's tokenizer adds <|endoftext|> by itself.
+    "qwen2": lambda v: tr.Qwen2Config(vocab_size=v + 1, **TWO),
+    "qwen3": lambda v: tr.Qwen3Config(vocab_size=v, head_dim=8, **TWO),
+    "gemma": lambda v: tr.GemmaConfig(vocab_size=v, **GEMMA),
+    "gpt_neox": lambda v: tr.GPTNeoXConfig(vocab_size=v, **SMALL),
+    "opt": lambda v: tr.OPTConfig(vocab_size=v, word_embed_proj_dim=32, ffn_dim=48, **SMALL),
 }
 
 
 def make_tokenizer(bos=None, eos="<eos>", pad="<pad>", padding_side="right", encoder=False):
-    """A byte-level BPE of ~400 tokens; `bos` is put before every text by itself, as Llama's and OPT's are."""
+    """Returns a byte-level BPE of ~400 tokens; like Llama's, it puts `bos` before every text."""
+    first = "[CLS]" if encoder else bos
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token in dict.fromkeys([bos, eos, pad, "[CLS]" if encoder else None]) if token]
-    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    if encoder:
+    special = [token for token in dict.fromkeys([bos, eos, pad, first]) if token]
+    options = {"vocab_size": 400, "special_tokens": special, "show_progress": False}
+    options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXT.splitlines() * 4, trainers.BpeTrainer(**options))
+    if first:
+        template = f"[CLS] $A {eos}" if encoder else f"{bos} $A"
+        ids = {token: tokenizer.token_to_id(token) for token in (first, eos)}
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"[CLS] $A {eos}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", eos)])
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, sep_token=eos, cls_token="[CLS]", pad_token=pad,
-                                                    padding_side=padding_side)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A",
-                                                                 special_tokens=[(bos, tokenizer.token_to_id(bos))])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad,
-                                                padding_side=padding_side)
+            single=template, special_tokens=list(ids.items())
+        )
+    names = {"pad_token": pad, "padding_side": padding_side}
+    names |= {"sep_token": eos, "cls_token": first} if encoder else {}
+    names |= {} if encoder else {"bos_token": bos, "eos_token": eos}
+    return tr.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def make_policy(folder, architecture="llama", seed=0, **tokenizer_options):
-    """A random causal LM with its tokenizer, saved to `folder`; returns str(folder)."""
-    tokenizer = make_tokenizer(**tokenizer_options)
-    config = ARCHITECTURES[architecture](len(tokenizer))
-    config.eos_token_id, config.bos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id, None
+def save(folder, auto_class, config, tokenizer, seed=0, **options) -> str:
+    """Writes a random model of a configuration, with its tokenizer."""
     torch.manual_seed(seed)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    getattr(tr, auto_class).from_config(config, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def make_policy(folder, architecture="llama", seed=0, **tokenizer_options) -> str:
+    """Writes a random causal language model with its tokenizer; returns str(folder)."""
+    tokenizer = make_tokenizer(**tokenizer_options)
+    config = ARCHITECTURES[architecture](len(tokenizer))
+    config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    config.pad_token_id = None
+    return save(folder, "AutoModelForCausalLM", config, tokenizer, seed)
+
+
+def write_rows(path, rows) -> str:
+    """Writes a .jsonl file; returns str(path)."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+THINGS = "phone parcel invoice charge refund help".split()
+
+
+def make_pairs(n: int) -> list[dict]:
+    """Returns n pairs of D, with some empty responses among the rejected."""
+    pairs = []
+    for i in range(n):
+        prompt = f"Human: my {THINGS[i % 6]} is {'late, ' * (i % 3)}{i}"
+        chosen, rejected = f" thank you, {THINGS[i % 4]}", " Sorry" * (i % 3)
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs
 
 
 @pytest.fixture(scope="session")

@@ -1,38 +1,30 @@
-"""metarm.py against independent calculations: loops, closed forms, finite differences, plain loops."""
+"""metarm.py against independent calculations: loops, closed forms, finite differences."""
 
-import ast
-import json
 import math
-import os
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
+import transformers
+from conftest import ARCHITECTURES, make_pairs, write_rows
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 import metarm
+import rm
 
-torch.set_num_threads(1)
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 K, ETA = 3, 0.3
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=61)
+ORDERS = pytest.mark.parametrize("order", ["first", "exact"])
+NORMALIZE = pytest.mark.parametrize("normalize", [False, True])
 
 
-# ----------------------------------------------------------------------------------------------- small things
-
-def reward_model(architecture="gpt2", dtype=torch.float64, seed=0):
-    """A tiny classification model with its default attention, large enough weights to be far from linear."""
-    import transformers as tr
-    config = {"gpt2": lambda: tr.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-              "llama": lambda: tr.LlamaConfig(num_key_value_heads=2, **SIZES),
-              "qwen2": lambda: tr.Qwen2Config(num_key_value_heads=2, **SIZES),
-              "gpt_neox": lambda: tr.GPTNeoXConfig(**SIZES)}[architecture]()
+def reward_model(architecture="gpt2", dtype=torch.float64):
+    """A tiny classification model, with weights so large that it is far from linear."""
+    config = ARCHITECTURES[architecture](61)
     config.num_labels, config.pad_token_id, config.use_cache = 1, 0, False
-    torch.manual_seed(seed)
-    model = tr.AutoModelForSequenceClassification.from_config(config)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         for p in model.parameters():
@@ -48,22 +40,32 @@ def tokens(rows, seed):
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+D, S = tokens(12, seed=1), tokens(6 * K, seed=2)
+
+
+def bradley_terry(rewards):
+    return -F.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
+
+
 def L_on(batch):
-    def vanilla_loss(forward):
-        rewards = forward(**batch).logits[:, 0]
-        return -F.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
-    return vanilla_loss
+    return lambda forward: bradley_terry(forward(**batch).logits[:, 0])
 
 
 def J_on(batch):
     return lambda forward: metarm.difference_loss(forward(**batch).logits[:, 0].view(-1, K))
 
 
+def losses_on(features):
+    """L and J of a net that takes features (12, .) to rewards."""
+    return (
+        lambda forward: bradley_terry(forward(features).flatten()),
+        lambda forward: metarm.difference_loss(forward(features.flip(0)).view(-1, K)),
+    )
+
+
 def parts(batch, n):
-    return [dict(zip(batch, values)) for values in zip(*(v.chunk(n) for v in batch.values()))]
-
-
-D, S = tokens(12, seed=1), tokens(6 * K, seed=2)
+    chunks = zip(*(v.chunk(n) for v in batch.values()), strict=True)
+    return [dict(zip(batch, chunk, strict=True)) for chunk in chunks]
 
 
 def slow_difference(rewards):
@@ -80,21 +82,48 @@ def vector(tensors):
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
-def set_to(model, values):
+def set_to(parameters, values):
     with torch.no_grad():
-        torch.nn.utils.vector_to_parameters(values, model.parameters())
+        torch.nn.utils.vector_to_parameters(values, parameters)
 
 
 def plain_gradient(model, loss):
+    """The gradient by a plain backward pass, as one vector over the trainable parameters."""
     model.zero_grad()
     loss(model).backward()
-    gradient = vector(p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     model.zero_grad()
-    return gradient
+    return vector(grads)
+
+
+def both_orders_by_differences(model, L, J, normalize, directions):
+    """[(d . grad L(theta'), d . d L(theta')/d theta)] of directions d, by central differences."""
+    trained, h = [p for p in model.parameters() if p.requires_grad], 1e-5
+    theta = vector(trained)
+
+    def climbed():  # Eq. 3 from where the model stands
+        g = plain_gradient(model, J)
+        return vector(trained) + ETA * (g / g.norm() if normalize else g)
+
+    def L_at(values, climb_first):
+        set_to(trained, values)
+        if climb_first:
+            set_to(trained, climbed())
+        with torch.no_grad():
+            return L(model).item()
+
+    theta_prime, slopes = climbed(), []
+    for d in directions:
+        first = L_at(theta_prime + h * d, False) - L_at(theta_prime - h * d, False)
+        exact = L_at(theta + h * d, True) - L_at(theta - h * d, True)
+        slopes.append((first / (2 * h), exact / (2 * h)))
+    set_to(trained, theta)
+    return slopes
 
 
 class Weights(torch.nn.Module):
-    """forward() returns the weights themselves: a model for losses that can be worked out by hand."""
+    """forward() returns the weights themselves: for losses that can be worked out by hand."""
 
     def __init__(self, *values):
         super().__init__()
@@ -104,38 +133,41 @@ class Weights(torch.nn.Module):
         return self.w
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 2
+# -------------------------------------------------------------------------------------------- Eq. 2
+
 
 def test_difference_loss_is_equation_2_and_keeps_its_bounds():
     torch.manual_seed(0)
     for m, k in [(1, 2), (4, 5), (7, 3)]:
         rewards = torch.randn(m, k, dtype=torch.float64)
-        assert metarm.difference_loss(rewards).item() == pytest.approx(slow_difference(rewards), abs=1e-12)
-        assert metarm.difference_loss(torch.full((m, k), 1.7)).item() == pytest.approx((k - 1) / (2 * k))
-        apart = 1e4 * torch.arange(k, dtype=torch.float32).expand(m, k)
+        want = slow_difference(rewards)
+        assert metarm.difference_loss(rewards).item() == pytest.approx(want, abs=1e-12)
+        equal, apart = torch.full((m, k), 1.7), 1e4 * torch.arange(k).float().expand(m, k)
+        assert metarm.difference_loss(equal).item() == pytest.approx((k - 1) / (2 * k))
         assert metarm.difference_loss(apart).item() == pytest.approx((k - 1) / k)
-    assert metarm.difference_loss(torch.randn(2, 3, dtype=torch.bfloat16)).shape == ()
+    for bad in [(4,), (4, 1), (0, 3), (2, 2, 2)]:
+        with pytest.raises(ValueError, match=rf"\(m, k >= 2\), got .*{bad[-1]}"):
+            metarm.difference_loss(torch.zeros(bad))
+    with pytest.raises(ValueError, match="int64"):
+        metarm.difference_loss(torch.zeros(2, 3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(4), torch.zeros(4, 1), torch.zeros(0, 3), torch.zeros(2, 2, 2),
-                                 torch.zeros(2, 3, dtype=torch.long)])
-def test_difference_loss_tells_what_shape_it_wants(bad):
-    with pytest.raises(ValueError, match=rf"\(m prompts, k >= 2 responses\), got .*{bad.shape[-1]}"):
-        metarm.difference_loss(bad)
+# ---------------------------------------------------------------------------- Eqs. 3 and 4, by hand
 
-
-# -------------------------------------------------------------------------------------- Eqs. 3 and 4, by hand
-
-A = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)   # L = (w-a)' A (w-a) / 2
+A = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)  # L = (w-a)' A (w-a) / 2
 B = torch.tensor([[1.0, -0.4], [-0.4, 3.0]], dtype=torch.float64)  # J = w' B w / 2 + b' w
-a, b = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
+a, b = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, -2.0], [0.3, 0.7]))
 
 
-def L_toy(forward): return (forward() - a) @ A @ (forward() - a) / 2
-def J_toy(forward): return forward() @ B @ forward() / 2 + b @ forward()
+def L_toy(forward):
+    return (forward() - a) @ A @ (forward() - a) / 2
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+def J_toy(forward):
+    return forward() @ B @ forward() / 2 + b @ forward()
+
+
+@NORMALIZE
 @pytest.mark.parametrize("micro", [1, 3])
 def test_quadratic_in_closed_form(normalize, micro):
     model = Weights(0.2, 0.9)
@@ -143,41 +175,46 @@ def test_quadratic_in_closed_form(normalize, micro):
     g_J = B @ w + b
     step = ETA / (g_J.norm() if normalize else 1)
     first = A @ (w + step * g_J - a)
-    u = g_J / g_J.norm()
+    u = g_J / g_J.norm()  # a normalised step keeps its length, however grad J grows
     exact = first + step * (B @ (first - (u @ first) * u if normalize else first))
     for order, expected in [("first", first), ("exact", exact)]:
-        J = [J_toy] * micro if micro > 1 else J_toy
-        grads, info = metarm.meta_gradient(model, [L_toy] * micro, J, ETA, order, normalize)
+        losses = ([L_toy] * micro, [J_toy] * micro if micro > 1 else J_toy)
+        grads, info = metarm.meta_gradient(model, *losses, ETA, order, normalize)
         torch.testing.assert_close(grads, {"w": expected}, rtol=1e-12, atol=1e-12)
-        assert info["difference"] == pytest.approx(J_toy(lambda: w).item())
-        assert info["vanilla_loss_adapted"] == pytest.approx(L_toy(lambda: w + step * g_J).item())
-        assert info["meta_grad_norm"] == pytest.approx(g_J.norm().item())
-        assert info["grad_norm"] == pytest.approx(expected.norm().item()) and info["moved"] == 1
-    # First order differs from the plain gradient by eta * H_L grad J: Eq. 5 takes theta DOWN in J.
+        assert not grads["w"].requires_grad and model.w.grad is None
+        L_adapted = L_toy(lambda: w + step * g_J)
+        want = {"difference": J_toy(lambda: w), "vanilla_loss_adapted": L_adapted, "moved": 1}
+        want |= {"meta_grad_norm": g_J.norm(), "grad_norm": expected.norm()}
+        assert info == pytest.approx({name: float(x) for name, x in want.items()})
+    # First order differs from the plain gradient by eta H_L grad J: Eq. 5 takes theta DOWN in J.
     torch.testing.assert_close(first - A @ (w - a), step * A @ g_J)
     adapted = metarm.adapted_parameters(model, J_toy, ETA, normalize)
     torch.testing.assert_close(adapted, {"w": w + step * g_J})
-    assert not adapted["w"].requires_grad and model.w.grad is None
+    assert not adapted["w"].requires_grad and torch.equal(model.w, w) and model.w.grad is None
 
 
 def test_the_sign_pairs_that_the_climb_hurts_get_more_weight():
-    """Two pairs with one margin at theta. Climbing J helps the first, hurts the second: who is heard more?"""
-    M = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)  # chosen - rejected, a row a pair
+    """Two pairs with one margin at theta. Climbing J helps the first and hurts the second."""
+    M = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)  # chosen - rejected, per pair
     s = torch.tensor([[2.0, -1.0], [0.0, 0.0]], dtype=torch.float64)  # two responses to one prompt
     model = Weights(1.0, 1.0)
-    def L(forward): return -F.logsigmoid(M @ forward()).mean()
-    def J(forward): return metarm.difference_loss((s @ forward())[None])
 
-    # By hand: grad J = sigma'(1) / 2 * (2, -1) = (0.197, -0.098); margins (0.5, 0.5) -> (0.746, 0.303). The
-    # weight of a pair in grad L is 1 - sigma(margin): helped, it is heard less, hurt, more.
+    def J(forward):
+        return metarm.difference_loss((s @ forward())[None])
+
+    def L(forward, pairs=slice(None)):
+        return -F.logsigmoid(M[pairs] @ forward()).mean()
+
+    # By hand: grad J = sigma'(1) / 2 * (2, -1) = (0.197, -0.098); the margins (0.5, 0.5) become
+    # (0.746, 0.303). A pair's weight in grad L is 1 - sigma(margin): hurt, it is heard more.
     w = metarm.adapted_parameters(model, J, eta=1.0)["w"]
     assert (1 - (M @ model.w).sigmoid()).tolist() == pytest.approx([0.378, 0.378], abs=1e-3)
     assert (1 - (M @ w).sigmoid()).tolist() == pytest.approx([0.322, 0.425], abs=1e-3)
     grads, _ = metarm.meta_gradient(model, L, J, eta=1.0)
     torch.testing.assert_close(grads["w"], -(1 - (M @ w).sigmoid()) @ M / 2)
-    # In Eq. 8's terms: grad L . grad J > 0 where climbing J raises L, and that is the pair with more weight.
+    # In Eq. 8's terms: grad L . grad J > 0 where climbing J raises L, for the pair heard more.
     for pair, conflict in [(0, False), (1, True)]:
-        seen = metarm.diagnostics(model, lambda f: -F.logsigmoid(M[pair] @ f()), J, eta=1.0)
+        seen = metarm.diagnostics(model, lambda f, i=pair: L(f, i), J, eta=1.0)
         assert (seen["cosine"] > 0) == (seen["first_order_gain"] > 0) == conflict
 
 
@@ -190,149 +227,150 @@ def test_diagnostics_are_taylors_first_order():
     assert seen["cosine"] == pytest.approx(F.cosine_similarity(g_L, g_J, dim=0).item())
     gain = info["vanilla_loss_adapted"] - seen["vanilla_loss"]
     assert seen["first_order_gain"] == pytest.approx(gain, rel=0.02)
-    set_to(model, vector(model.parameters()) + eta * g_J)
+    set_to(list(model.parameters()), vector(model.parameters()) + eta * g_J)
     assert seen["difference_adapted"] == pytest.approx(J_on(S)(model).item())
 
 
-# ------------------------------------------------------------------------- Eqs. 3 and 4 on real architectures
+# --------------------------------------------------------------- Eqs. 3 and 4 on real architectures
+
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "gpt_neox"])
-@pytest.mark.parametrize("normalize", [False, True])
+@NORMALIZE
 def test_gradients_against_finite_differences(architecture, normalize):
     model = reward_model(architecture)
-    for norm in model.modules():  # transformers' RMSNorm rounds to float32: too coarse to difference
+    for norm in model.modules():  # transformers' RMSNorm rounds to float32: too coarse here
         if "RMSNorm" in type(norm).__name__:
-            norm.forward = lambda x, n=norm: F.rms_norm(x, n.weight.shape, n.weight, n.variance_epsilon)
-    theta, h = vector(model.parameters()), 1e-5
-
-    def climbed():  # Eq. 3 from where the model stands, by plain backward
-        g = plain_gradient(model, J_on(S))
-        return vector(model.parameters()) + ETA * (g / g.norm() if normalize else g)
-
-    def L_at(values):
-        set_to(model, values)
-        with torch.no_grad():
-            return L_on(D)(model).item()
-
-    def L_after_climb_from(values):
-        set_to(model, values)
-        return L_at(climbed())
-
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = {}
+            norm.forward = lambda x, n=norm: F.rms_norm(
+                x, n.weight.shape, n.weight, n.variance_epsilon
+            )
+    before, found = {n: p.detach().clone() for n, p in model.named_parameters()}, {}
     for order in ("first", "exact"):
-        whole, info = metarm.meta_gradient(model, L_on(D), J_on(S), ETA, order, normalize)
-        micro, info_micro = metarm.meta_gradient(model, [L_on(x) for x in parts(D, 3)],
-                                                 [J_on(x) for x in parts(S, 3)], ETA, order, normalize)
+        how = (ETA, order, normalize)
+        whole, info = metarm.meta_gradient(model, L_on(D), J_on(S), *how)
+        L, J = [L_on(x) for x in parts(D, 3)], [J_on(x) for x in parts(S, 3)]
+        micro, info_micro = metarm.meta_gradient(model, L, J, *how)
         torch.testing.assert_close(micro, whole, rtol=1e-8, atol=1e-10)
-        moved = info.pop("moved"), info_micro.pop("moved")
-        assert moved[0] == pytest.approx(moved[1], abs=1e-3)  # a gradient of 0 but for rounding may count or not
+        # A gradient of 0 but for rounding may count as moved or not.
+        assert info.pop("moved") == pytest.approx(info_micro.pop("moved"), abs=1e-3)
         assert info == pytest.approx(info_micro, rel=1e-8)
         assert list(whole) == list(before)
         found[order] = vector(whole.values())
-    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert info["difference"] == pytest.approx(slow_difference(model(**S).logits[:, 0].view(-1, K)), rel=1e-6)
+    for name, p in model.named_parameters():
+        assert p.grad is None and torch.equal(p, before[name])
+    want = slow_difference(model(**S).logits[:, 0].view(-1, K))
+    assert info["difference"] == pytest.approx(want, rel=1e-6)
 
-    theta_prime = climbed()
     gap = found["exact"] - found["first"]
-    assert gap.norm() > 0.02 * found["first"].norm()  # or the two orders could not be told apart below
-    random = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for direction in (found["first"], gap, random):
-        d = direction / direction.norm()
-        slope = (L_at(theta_prime + h * d) - L_at(theta_prime - h * d)) / (2 * h)
-        assert found["first"].dot(d).item() == pytest.approx(slope, rel=1e-5, abs=1e-6)
-        slope = (L_after_climb_from(theta + h * d) - L_after_climb_from(theta - h * d)) / (2 * h)
-        assert found["exact"].dot(d).item() == pytest.approx(slope, rel=1e-5, abs=1e-6)
+    assert gap.norm() > 0.02 * found["first"].norm()  # or this could not tell the two orders apart
+    random = torch.randn(gap.shape, generator=torch.Generator().manual_seed(0)).double()
+    directions = [d / d.norm() for d in (found["first"], gap, random)]
+    slopes = both_orders_by_differences(model, L_on(D), J_on(S), normalize, directions)
+    for d, (first, exact) in zip(directions, slopes, strict=True):
+        assert found["first"].dot(d).item() == pytest.approx(first, rel=1e-5, abs=1e-6)
+        assert found["exact"].dot(d).item() == pytest.approx(exact, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_the_identity_is_differentiating_through_the_lookahead(normalize):
-    """The other way to the exact gradient: one graph from theta through theta' to L, as MAML code does."""
-    model = reward_model()
-    theta = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-    def at(parameters): return lambda **kwargs: functional_call(model, parameters, (), kwargs)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        g = torch.autograd.grad(J_on(S)(at(theta)), list(theta.values()), create_graph=True)
-        scale = ETA / (torch.sqrt(sum((x * x).sum() for x in g)) if normalize else 1)
-        loss = L_on(D)(at({name: p + scale * x for (name, p), x in zip(theta.items(), g)}))
-        expected = dict(zip(theta, torch.autograd.grad(loss, list(theta.values()))))
-    for J in (J_on(S), [J_on(x) for x in parts(S, 3)]):
-        grads, _ = metarm.meta_gradient(model, L_on(D), J, ETA, "exact", normalize)
-        torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-12)
+class Odd(torch.nn.Module):
+    """Tied, frozen and unused parameters; a module and a parameter under two names each."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9, bias=False)
+        self.out.weight = self.embed.weight
+        self.layer = torch.nn.Linear(4, 4)
+        self.again = self.layer
+        self.shift = torch.nn.Parameter(torch.randn(4))
+        self.same = self.shift
+        self.only_J, self.only_L, self.none = map(torch.nn.Parameter, torch.full((3, 1), 2.0))
+        self.frozen = torch.nn.Parameter(torch.tensor([1.5]), requires_grad=False)
+        self.double()
+
+    def forward(self, ids, name):
+        x = self.again(self.layer(self.embed(ids)).tanh() + self.shift).tanh() * self.same
+        return self.out(x).sum(-1) * self.frozen * getattr(self, name)
 
 
-def test_tied_frozen_and_unused_parameters():
-    class Odd(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.out = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9, bias=False)
-            self.out.weight = self.embed.weight
-            self.only_J, self.only_L, self.none = (torch.nn.Parameter(torch.tensor([2.0])) for _ in range(3))
-            self.frozen = torch.nn.Parameter(torch.tensor([1.5]), requires_grad=False)
+@NORMALIZE
+def test_odd_parameters_get_their_gradient_and_stay_where_they_were(normalize):
+    model = Odd()
 
-        def forward(self, ids, name):
-            return self.out(self.embed(ids).tanh()).sum(-1) * self.frozen * getattr(self, name)
+    def L(forward):
+        return forward(torch.arange(6), "only_L").pow(2).mean()
 
-    torch.manual_seed(0)
-    model = Odd().double()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    def L(forward): return forward(torch.arange(6), "only_L").pow(2).mean()
-    def J(forward): return forward(torch.arange(3, 9), "only_J").sigmoid().mean()
+    def J(forward):
+        return forward(torch.arange(3, 9), "only_J").sigmoid().mean()
 
-    def L_after_climb_from(values):
-        with torch.no_grad():
-            torch.nn.utils.vector_to_parameters(values, trainable)
-        model.zero_grad()
-        J(model).backward()
-        adapted = {name: p if p.grad is None else p + ETA * p.grad for name, p in model.named_parameters()}
-        model.zero_grad()
-        return L(lambda *x: functional_call(model, adapted, x)).item()
+    def places():  # wherever the model holds a parameter: the object, its values
+        modules = (model, model.embed, model.out, model.layer, model.again)
+        held = [p for module in modules for p in module._parameters.values() if p is not None]
+        return [id(p) for p in held], vector(held)
 
-    theta = vector(trainable)
+    (objects, values), found = places(), {}
     for order in ("first", "exact"):
-        grads, _ = metarm.meta_gradient(model, L, J, ETA, order)
-        assert set(grads) == {"embed.weight", "only_J", "only_L", "none"}  # tied: once; frozen: never
-        assert grads["none"] == 0 and grads["only_L"] != 0
-        assert (grads["only_J"] == 0) == (order == "first")  # but it bends theta' of the others
-    d = torch.randn_like(theta)
-    slope = (L_after_climb_from(theta + 1e-6 * d) - L_after_climb_from(theta - 1e-6 * d)) / 2e-6
-    assert vector(grads.values()).dot(d).item() == pytest.approx(slope, rel=1e-6)
+        found[order], _ = metarm.meta_gradient(model, L, J, ETA, order, normalize)
+    adapted = metarm.adapted_parameters(model, J, ETA, normalize)
+    seen = metarm.diagnostics(model, L, J, ETA, normalize)
+    assert places()[0] == objects and torch.equal(places()[1], values)  # theta is back
+    names = ["shift", "only_J", "only_L", "none", "embed.weight", "layer.weight", "layer.bias"]
+    for grads in found.values():  # tied: once; frozen: never
+        assert list(grads) == names and grads["none"] == 0 != grads["only_L"]
+    assert found["first"]["only_J"] == 0 != found["exact"]["only_J"]  # it bends the others' theta'
+    trained = [p for p in model.parameters() if p.requires_grad]
+    d = torch.randn(sum(p.numel() for p in trained), dtype=torch.float64)
+    [slopes] = both_orders_by_differences(model, L, J, normalize, [d / d.norm()])
+    for grads, slope in zip(found.values(), slopes, strict=True):
+        assert vector(grads.values()).dot(d / d.norm()).item() == pytest.approx(slope, rel=1e-6)
+
+    g_L, g_J = plain_gradient(model, L), plain_gradient(model, J)
+    assert seen["cosine"] == pytest.approx(F.cosine_similarity(g_L, g_J, dim=0).item())
+    step = ETA * (g_J / g_J.norm() if normalize else g_J)
+    torch.testing.assert_close(vector(adapted.values()), vector(trained) + step)
+    set_to(trained, vector(adapted.values()))
+    assert seen["difference_adapted"] == pytest.approx(J(model).item())
+
+    metarm.metarm_step(model, torch.optim.SGD(trained, lr=0.1), L, J, ETA, normalize=normalize)
+    assert places()[0] == objects and not torch.equal(places()[1], values)
 
 
-@pytest.mark.parametrize("order", ["first", "exact"])
+@ORDERS
 def test_a_frozen_backbone_trains_the_head_alone(order):
     model = reward_model("llama", torch.float32)
-    for p in model.model.parameters():
-        p.requires_grad_(False)
+    model.model.requires_grad_(False)
     grads, info = metarm.meta_gradient(model, L_on(D), J_on(S), ETA, order, normalize=True)
     assert list(grads) == ["score.weight"] and info["grad_norm"] > 0 and info["moved"] > 0.9
 
 
-@pytest.mark.parametrize("order", ["first", "exact"])
-@pytest.mark.parametrize("normalize", [False, True])
+@ORDERS
+@NORMALIZE
 def test_no_difference_to_climb_means_theta_stays(order, normalize):
     model = reward_model()
     same = {key: value[:1].expand(6 * K, -1) for key, value in S.items()}  # one response, K times
-    def J(forward): return metarm.difference_loss(forward(**same).logits[:, 0][:1].expand(2, K))
+
+    def J(forward):
+        return metarm.difference_loss(forward(**same).logits[:, 0][:1].expand(2, K))
+
     grads, info = metarm.meta_gradient(model, L_on(D), J, ETA, order, normalize)
-    torch.testing.assert_close(vector(grads.values()), plain_gradient(model, L_on(D)), rtol=1e-9, atol=1e-12)
-    assert info["meta_grad_norm"] == 0 and info["moved"] == 0
-    assert info["difference"] == pytest.approx((K - 1) / (2 * K))
-    # At a minimum of J the gradient vanishes but the curvature does not; nothing may blow up to NaN or 1e12.
+    expected = plain_gradient(model, L_on(D))
+    torch.testing.assert_close(vector(grads.values()), expected, rtol=1e-9, atol=1e-12)
+    assert info["meta_grad_norm"] == 0 == info["moved"]
+    # At a minimum of J the gradient vanishes, its curvature does not: no NaN, no step of 1e12.
     toy = Weights(0.0, 0.0)
-    grads, _ = metarm.meta_gradient(toy, L_toy, lambda f: f() @ B @ f(), ETA, order, normalize=True)
+    grads, _ = metarm.meta_gradient(toy, L_toy, lambda f: f() @ B @ f(), ETA, order, True)
     torch.testing.assert_close(grads["w"], -A @ a)
 
 
-# ------------------------------------------------------------------------------------------------------ Eq. 5
+# -------------------------------------------------------------------------------- Eq. 5, and errors
+
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
 def test_metarm_step_is_a_step_of_sgd_from_theta(max_grad_norm):
     model, twin = reward_model(), reward_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    info = metarm.metarm_step(model, optimizer, L_on(D), J_on(S), ETA, max_grad_norm=max_grad_norm)
+    options = {"eta": ETA, "max_grad_norm": max_grad_norm}
+    info = metarm.metarm_step(model, optimizer, L_on(D), J_on(S), **options)
     theta = vector(twin.parameters())
-    set_to(twin, theta + ETA * plain_gradient(twin, J_on(S)))
+    set_to(list(twin.parameters()), theta + ETA * plain_gradient(twin, J_on(S)))
     g = plain_gradient(twin, L_on(D))
     assert info["grad_norm"] == pytest.approx(g.norm().item()) and g.norm() > 0.05
     if max_grad_norm:
@@ -342,65 +380,109 @@ def test_metarm_step_is_a_step_of_sgd_from_theta(max_grad_norm):
 
 
 def test_mistakes_are_told_in_one_line_and_nothing_is_stepped():
-    model = reward_model("llama", torch.float32)
+    model, L, J = reward_model("llama", torch.float32), L_on(D), J_on(S)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    before = vector(model.parameters())
-    L, J = L_on(D), J_on(S)
-    with torch.no_grad():
-        nan_model = reward_model("llama", torch.float32)
-        nan_model.score.weight[0, 0] = float("nan")
-    for message, arguments in [
-            ("eta must be", (model, optimizer, L, J, -0.1)),
-            ("eta must be", (model, optimizer, L, J, math.inf)),
-            ("max_grad_norm must be", (model, optimizer, L, J, 0.1, "first", False, 0.0)),
-            ("order must be", (model, optimizer, L, J, 0.1, "second")),
-            ("vanilla_loss must return a scalar", (model, optimizer, lambda f: f(**D).logits[:, 0], J, 0.1)),
-            (r"got \(18, 1\)", (model, optimizer, L, lambda f: f(**S).logits, 0.1)),
-            ("got float", (model, optimizer, L, lambda f: 1.0, 0.1)),
-            ("must be a function", (model, optimizer, [], J, 0.1)),
-            ("does not depend", (model, optimizer, lambda f: L(model), J, 0.1)),
-            ("does not depend", (model, optimizer, L, lambda f: J(f).detach(), 0.1)),
-            ("does not depend", (model, optimizer, L, lambda f: J(f).detach(), 0.1, "exact")),
-            ("no trainable", (reward_model().requires_grad_(False), optimizer, L, J, 0.1)),
-            (r"L \(vanilla_loss\) at theta' is nan", (model, optimizer, lambda f: L(f) * math.nan, J, 0.1)),
-            (r"J \(meta_loss\) at theta is nan", (nan_model, optimizer, L, J, 0.1)),
-            (r"\|grad L\| is (nan|inf)", (model, optimizer, lambda f: (L(f) - L(f)).sqrt(), J, 0.1)),
-            (r"\|grad J\| at theta is (nan|inf)",
-             (model, optimizer, L, lambda f: (J(f) - J(f)).sqrt(), 0.1))]:
+    before, nan_model = vector(model.parameters()), reward_model("llama", torch.float32)
+    nan_model.score.weight.data[0, 0] = math.nan
+    for message, net, losses, *options in [
+        ("eta must be", model, (L, J), -0.1),
+        ("eta must be", model, (L, J), math.inf),
+        ("max_grad_norm must be", model, (L, J), 0.1, "first", False, 0.0),
+        ("order must be", model, (L, J), 0.1, "second"),
+        ("does not depend", model, (L, lambda f: J(f).detach()), 0.1),
+        ("does not depend", model, (L, lambda f: J(f).detach()), 0.1, "exact"),
+        ("no trainable", reward_model().requires_grad_(False), (L, J), 0.1),
+        ("vanilla_loss_adapted is nan", model, (lambda f: L(f) * math.nan, J), 0.1),
+        ("difference is nan", nan_model, (L, J), 0.1),
+        ("grad_norm is (nan|inf)", model, (lambda f: (L(f) - L(f)).sqrt(), J), 0.1),
+        ("meta_grad_norm is (nan|inf)", model, (L, lambda f: (J(f) - J(f)).sqrt()), 0.1),
+    ]:
         with pytest.raises(ValueError, match=message) as error:
-            metarm.metarm_step(*arguments)
+            metarm.metarm_step(net, optimizer, *losses, *options)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="is nan"):
+    with pytest.raises(metarm.NotFinite, match="is nan"):
         metarm.adapted_parameters(nan_model, J, 0.1)
     assert torch.equal(vector(model.parameters()), before) and not optimizer.state
 
 
-# ------------------------------------------------------------------------------------- the lookahead in place
+class Recomputing(torch.nn.Module):
+    """Checkpoints a part of its forward by itself: a module, or a function of its parameters."""
 
-def in_place(model, eta, normalize=False, D_parts=(D,), S_parts=(S,), scale=1.0):
-    """The plain loop of `lookahead`'s docstring; returns the gradient that the optimizer would get."""
+    def __init__(self, kind=None, reentrant=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.layer, self.head = (torch.nn.Linear(*x) for x in [(3, 4), (4, 4), (4, 1)])
+        self.kind, self.reentrant = kind, reentrant
+
+    def forward(self, x):
+        def function(x):
+            return (x @ self.layer.weight.T + self.layer.bias).tanh()
+
+        part, x = self.layer if self.kind == "module" else function, self.first(x).tanh()
+        x = checkpoint(part, x, use_reentrant=self.reentrant) if self.kind else function(x)
+        return self.head(x.tanh() if self.kind == "module" else x)
+
+
+def refused_or_right(expected, call):
+    try:
+        found = call()
+    except ValueError as error:
+        assert "lookahead" in str(error)
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+@ORDERS
+@pytest.mark.parametrize("kind", ["module", "function"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hidden_recomputation_is_refused_or_right(order, kind, reentrant):
+    """In the backward pass the model would run again, at theta and not at theta'."""
+    L, J = losses_on(torch.randn(12, 3, generator=torch.Generator().manual_seed(1)))
+    expected, _ = metarm.meta_gradient(Recomputing(), L, J, 3.0, order)
+    model = Recomputing(kind, reentrant)
+    refused_or_right(expected, lambda: metarm.meta_gradient(model, L, J, 3.0, order)[0])
+    if order == "first":  # the way to go there
+        J(model).backward()
+        with metarm.lookahead(model, 3.0):
+            L(model).backward()
+        torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, expected)
+
+
+# --------------------------------------------------------------------------- the lookahead in place
+
+
+def in_place(model, eta, normalize=False, D_parts=(D,), S_parts=(S,)):
+    """The loop of `lookahead`'s docstring; returns the gradient that the optimizer would get."""
     model.zero_grad()
     for x in S_parts:
-        (scale * J_on(x)(model) / len(S_parts)).backward()
+        (J_on(x)(model) / len(S_parts)).backward()
     with metarm.lookahead(model, eta, normalize):
         for x in D_parts:
-            (scale * L_on(x)(model) / len(D_parts)).backward()
+            (L_on(x)(model) / len(D_parts)).backward()
     gradient = vector(p.grad for p in model.parameters())
     model.zero_grad()
     return gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("normalize", [False, True])
+@NORMALIZE
 def test_lookahead_is_the_first_order_gradient(dtype, normalize):
-    model = reward_model("llama", dtype)
-    expected = vector(metarm.meta_gradient(model, L_on(D), J_on(S), ETA, normalize=normalize)[0].values())
-    exact = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(in_place(model, ETA, normalize), expected, **exact)
-    accumulated = in_place(model, ETA, normalize, parts(D, 3), parts(S, 3))  # all of S before, all of D in it
+    model, rtol = reward_model("llama", dtype), 1e-5 if dtype == torch.float32 else 1e-12
+    grads, _ = metarm.meta_gradient(model, L_on(D), J_on(S), ETA, normalize=normalize)
+    expected = vector(grads.values())
+    found = in_place(model, ETA, normalize)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol / 10)
+    micro = parts(D, 3), parts(S, 3)  # all of S before, all of D inside
+    accumulated = in_place(model, ETA, normalize, *micro)
     torch.testing.assert_close(accumulated, expected, rtol=1e-4, atol=1e-6)
-    each = sum(in_place(model, ETA, normalize, [d], [s]) for d, s in zip(parts(D, 3), parts(S, 3))) / 3
-    assert (each - expected).norm() > 0.01 * expected.norm()  # one `with` a micro-batch is another gradient
+    each = [in_place(model, ETA, normalize, [d], [s]) for d, s in zip(*micro, strict=True)]
+    # One `with` per micro-batch is another gradient.
+    assert (sum(each) / 3 - expected).norm() > 0.01 * expected.norm()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()  # transformers checkpoints in train mode only; this Llama has no dropout
+    torch.testing.assert_close(in_place(model, ETA, normalize), found, rtol=rtol, atol=rtol / 10)
+    how = {"eta": ETA, "normalize": normalize}
+    refused_or_right(grads, lambda: metarm.meta_gradient(model, L_on(D), J_on(S), **how)[0])
 
 
 def test_lookahead_restores_bit_for_bit_even_after_an_exception():
@@ -410,19 +492,20 @@ def test_lookahead_restores_bit_for_bit_even_after_an_exception():
         in_place(model, 0.05, normalize=True)
     assert torch.equal(vector(model.parameters()), before)
     J_on(S)(model).backward()
-    gradient = vector(p.grad for p in model.parameters())
-    with pytest.raises(KeyError):
-        with metarm.lookahead(model, 0.05):
-            assert all(p.grad is None for p in model.parameters())
-            assert not torch.equal(vector(model.parameters()), before)
-            raise KeyError
+    step = 0.05 * vector(p.grad for p in model.parameters())
+    with pytest.raises(KeyError), metarm.lookahead(model, 0.05):
+        assert all(p.grad is None for p in model.parameters())
+        assert not torch.equal(vector(model.parameters()), before)
+        raise KeyError
     assert torch.equal(vector(model.parameters()), before)
-    step = 0.05 * gradient
     assert not torch.equal(before + step - step, before)  # what subtracting would have left
-    model.zero_grad()
-    for mistake, eta in [("back-propagate J", 0.1), ("eta must be", -1.0), ("eta must be", math.nan)]:
-        with pytest.raises(ValueError, match=mistake), metarm.lookahead(model, eta):
+    J_on(S)(model).backward()
+    for eta in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="eta must be"), metarm.lookahead(model, eta):
             pass
+    model.zero_grad()
+    with pytest.raises(ValueError, match="back-propagate J"), metarm.lookahead(model, 0.1):
+        pass
 
 
 def test_bf16_weights_do_not_feel_a_small_eta():
@@ -436,8 +519,11 @@ def test_bf16_weights_do_not_feel_a_small_eta():
 
 
 def test_one_autocast_region_round_everything(monkeypatch):
-    """autocast caches the bf16 copies of weights until its region ends; L must not run on those of theta."""
+    """autocast caches bf16 copies of the weights, and L must not run on those of theta."""
     model = reward_model("llama", torch.float32)
+
+    def bf16():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
 
     def run(one_region):
         around, each = (bf16, nullcontext) if one_region else (nullcontext, bf16)
@@ -449,14 +535,13 @@ def test_one_autocast_region_round_everything(monkeypatch):
                     L = L_on(D)(model)
                     L.backward()
             with each():
-                after = L_on(D)(model).item()                   # and after it not on those of theta'
+                after = L_on(D)(model).item()  # and after it not on those of theta'
         gradient = vector(p.grad for p in model.parameters())
         model.zero_grad()
         return gradient, L.item(), after
 
-    def bf16(): return torch.autocast("cpu", dtype=torch.bfloat16)
     expected, found = run(one_region=False), run(one_region=True)
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    assert torch.equal(found[0], expected[0])
     assert found[1:] == expected[1:] and found[1] != found[2]
     with bf16():
         grads, info = metarm.meta_gradient(model, L_on(D), J_on(S), 0.5, normalize=True)
@@ -466,227 +551,76 @@ def test_one_autocast_region_round_everything(monkeypatch):
     assert (run(one_region=True)[0] - expected[0]).norm() > 0.05 * expected[0].norm()
 
 
-def test_gradient_checkpointing():
-    model = reward_model("llama")
-    expected = in_place(model, ETA)
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    for call in (lambda: metarm.meta_gradient(model, L_on(D), J_on(S), ETA),
-                 lambda: metarm.adapted_parameters(model, J_on(S), ETA)):
-        with pytest.raises(ValueError, match="lookahead"):
-            call()
-    model.train()  # transformers checkpoints in train mode only; these Llamas have no dropout
-    torch.testing.assert_close(in_place(model, ETA), expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_grad_scaler(normalize):
-    """p.grad is scale * grad J, so eta is divided by the scale; L is scaled, too; the scaler undoes that."""
-    model = reward_model("llama", torch.float32)
-    expected = vector(metarm.meta_gradient(model, L_on(D), J_on(S), ETA, normalize=normalize)[0].values())
+@NORMALIZE
+@pytest.mark.parametrize("overflow", [False, True])
+def test_grad_scaler(normalize, overflow):
+    """p.grad is scale * grad J, so divide eta by the scale. An overflow in it skips the step."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1))
+    L, J = losses_on(torch.randn(12, 5))
+    expected, _ = metarm.meta_gradient(model, L, J, ETA, normalize=normalize)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     theta = vector(model.parameters())
-    scaler.scale(J_on(S)(model)).backward()
+    scaler.scale(J(model)).backward()
+    if overflow:  # one infinite entry ahead of a tanh, which would turn it into a finite loss
+        model[0].weight.grad[0, 0] = math.inf
     with metarm.lookahead(model, ETA if normalize else ETA / scaler.get_scale(), normalize):
-        scaler.scale(L_on(D)(model)).backward()
+        scaler.scale(L(model)).backward()
     scaler.step(optimizer)
-    torch.testing.assert_close(theta - vector(model.parameters()), expected, rtol=1e-4, atol=1e-6)
+    scaler.update()
+    step = torch.zeros_like(theta) if overflow else vector(expected.values())
+    torch.testing.assert_close(theta - vector(model.parameters()), step, rtol=1e-4, atol=1e-6)
+    assert (scaler.get_scale() < 1024.0) == overflow
 
 
-# ------------------------------------------------------------------------------------------ several processes
-
-class Net(torch.nn.Module):
-    """A reward model of 7-by-5 numbers, odd sizes so that shards come out uneven."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = torch.nn.ModuleList([torch.nn.Linear(5, 7), torch.nn.Linear(7, 5)])
-        self.head = torch.nn.Linear(5, 1)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x).tanh() if layer(x).shape == x.shape else layer(x).tanh()
-        return self.head(x).sum(-1)
+def test_ddp_is_refused_wherever_it_sits(tmp_path):
+    """Called at other parameters, it would not average the gradients: the processes drift apart."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/at", rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
+        for model in (ddp, torch.nn.Sequential(ddp), torch.compile(ddp)):
+            with pytest.raises(ValueError, match="lookahead"):
+                metarm.meta_gradient(model, *losses_on(torch.randn(12, 3)), ETA)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-def three_steps(model, rank, world, normalize, trap):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for step in range(3):
-        g = torch.Generator().manual_seed(step)
-        D, S = (torch.randn(12, 5, dtype=torch.float64, generator=g).chunk(world)[rank] for _ in range(2))
-        def back_propagate_J(): metarm.difference_loss(model(S).view(-1, K)).backward()
-        if trap:
-            back_propagate_J()
-            try:
-                with metarm.lookahead(model, ETA, normalize):
-                    model(D)
-                    raise KeyError
-            except KeyError:
-                optimizer.zero_grad()
-        back_propagate_J()
-        if trap:
-            model(D)  # a forward without a backward, as in an evaluation
-        with metarm.lookahead(model, ETA, normalize):
-            rewards = model(D)
-            (-F.logsigmoid(rewards[0::2] - rewards[1::2]).mean()).backward()
-            if trap:
-                model(D)  # and another
-        optimizer.step()
-        optimizer.zero_grad()
+# -------------------------------------------------------------------------------------- the command
 
 
-def one_of_two_processes(rank, meeting_point, both_done):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    for normalize in (False, True):
-        alone = Net().double()
-        three_steps(alone, 0, 1, normalize, trap=False)
-        for kind in ("ddp", "fsdp2"):
-            for trap in (False, True):
-                model = Net().double()
-                wrapped = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
-                if kind == "fsdp2":
-                    for layer in model.layers:
-                        fully_shard(layer, mesh=mesh)
-                    fully_shard(model, mesh=mesh)
-                with pytest.raises(ValueError, match="lookahead"):
-                    metarm.meta_gradient(wrapped, None, None, ETA)
-                three_steps(wrapped, rank, 2, normalize, trap)
-                for name, p in model.state_dict().items():
-                    p = p.full_tensor() if kind == "fsdp2" else p
-                    difference = (p - alone.state_dict()[name]).abs().max().item()
-                    assert difference < 1e-12, (kind, normalize, trap, name, difference)
-        # An error INSIDE the forward leaves FSDP2's root unsharded, at theta'; that must not go unnoticed.
-        metarm.difference_loss(model(torch.randn(6, 5).double()).view(-1, K)).backward()
-        with pytest.raises(RuntimeError, match="FSDP2"):
-            with metarm.lookahead(model, ETA, normalize):
-                model(torch.zeros(6, 4, dtype=torch.float64))
-    both_done.wait(60)
-    os._exit(0)  # no tidy shutdown: gloo's threads now and then abort in it ("terminate called")
+def test_micro_batches_of_unequal_size_keep_the_mean():
+    losses = metarm.micro_batches(lambda forward, groups: sum(groups) / len(groups), [*range(7)], 3)
+    assert len(losses) == 3 and sum(loss(None) for loss in losses) / 3 == pytest.approx(3.0)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_ddp_and_fsdp2_equal_one_process(tmp_path):
-    both_done = torch.multiprocessing.get_context("spawn").Barrier(2)
-    torch.multiprocessing.spawn(one_of_two_processes, (f"{tmp_path}/meeting_point", both_done), nprocs=2)
-
-
-# ------------------------------------------------------------------------------------------------ the command
-
-@pytest.fixture(scope="module")
-def files(policy_folder, tmp_path_factory):
-    """A policy, 9 pairs of D, 7 prompts of S with K responses each."""
-    folder = tmp_path_factory.mktemp("metarm")
-    words = ["sorry", "we refund it", "please wait", "a new phone today", "thank you", "no"]
-    pairs = [{"prompt": f"Human: order {i}", "chosen": words[i % 6], "rejected": words[(i + 1) % 6]}
-             for i in range(9)]
-    samples = [{"prompt": f"Human: parcel {i}", "responses": [words[(i + j) % 6] for j in range(K)]}
-               for i in range(7)]
-    for name, rows in [("pairs", pairs), ("samples", samples)]:
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    D = f"{folder}/pairs.jsonl"
-    return (["--model", policy_folder, "--data", D, "--eval_data", D, "--batch_size", "4", "--epochs", "2",
-             "--lr", "1e-3", "--seed", "3"], ["--meta", f"{folder}/samples.jsonl"])
-
-
-def weights(folder):
-    from safetensors.torch import load_file
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def test_without_a_climb_the_command_is_rm_py(files, tmp_path):
-    """eta = 0 is Eq. 1: the same head, the same order of D, the same optimizer, so the same weights."""
-    import rm
-    common, meta = files
-    assert rm.main(common + ["--out", f"{tmp_path}/rm"]) == 0
+def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path):
+    """eta = 0 is Eq. 1: the same head, order of D and optimizer, so the same weights."""
+    D, S = make_pairs(9), [{"prompt": str(i), "responses": [" a", " b", f" {i}"]} for i in range(7)]
+    D, S = write_rows(tmp_path / "D.jsonl", D), write_rows(tmp_path / "S.jsonl", S)
+    common = f"--model {policy_folder} --data {D} --batch_size 4 --epochs 2 --lr 1e-3 --seed 3"
+    assert rm.main(f"{common} --out {tmp_path}/rm".split()) == 0
+    expected = load_file(tmp_path / "rm/model.safetensors")
     for order in ("first", "exact"):
-        extra = ["--eta", "0", "--meta_batch_size", "3", "--micro_batch_size", "3", "--order", order]
-        assert metarm.main(common + meta + extra + ["--out", f"{tmp_path}/{order}"]) == 0
-        torch.testing.assert_close(weights(tmp_path / order), weights(tmp_path / "rm"), rtol=0, atol=2e-5)
+        extra = f"--meta {S} --meta_batch_size 3 --micro_batch_size 3 --eta 0 --order {order}"
+        assert metarm.main(f"{common} {extra} --out {tmp_path}/{order}".split()) == 0
+        found = load_file(tmp_path / order / "model.safetensors")
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("order", ["first", "exact"])
-def test_the_command_writes_theta_and_theta_prime(files, tmp_path, order, capsys):
-    import rm
-    from transformers import AutoModelForSequenceClassification
-    common, meta = files
-    arguments = common + meta + ["--eta", "0.5", "--normalize", "--order", order, "--meta_batch_size", "3",
-                                 "--log_every", "2", "--out", f"{tmp_path}/rm",
-                                 "--save_adapted", f"{tmp_path}/adapted"]
-    assert metarm.main(arguments) == 0
-    theta, theta_prime = weights(tmp_path / "rm"), weights(tmp_path / "adapted")
-    length = torch.sqrt(sum((theta_prime[name] - p).double().square().sum() for name, p in theta.items()))
-    assert length.item() == pytest.approx(0.5, rel=1e-3)
-    for folder in ("rm", "adapted"):
-        model, tokenizer = rm.load_reward_model(f"{tmp_path}/{folder}")
-        assert torch.isfinite(rm.score(model, tokenizer, ["a", "b"], ["c", ""])).all()
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
-    log = [json.loads(line) for line in open(tmp_path / "rm" / "log.jsonl")]
-    assert [row["step"] for row in log] == [0, 1, 2, 3, 4]
-    info = {"vanilla_loss_adapted", "difference", "meta_grad_norm", "grad_norm", "moved"}
-    looks = {"vanilla_loss", "cosine", "first_order_gain", "difference_adapted", "accuracy"}
-    for row in log[:-1]:
-        assert info <= set(row) and (looks <= set(row)) == (row["step"] % 2 == 0)
-    assert "accuracy" in log[-1]
-
-    # The same command again does nothing; a lost theta' is made again, the same.
-    stamp = (tmp_path / "rm" / "model.safetensors").stat().st_mtime_ns
-    (tmp_path / "adapted").rename(tmp_path / "lost")
-    assert metarm.main(arguments) == 0 and "skipped" in capsys.readouterr().out
-    assert (tmp_path / "rm" / "model.safetensors").stat().st_mtime_ns == stamp
-    torch.testing.assert_close(weights(tmp_path / "adapted"), weights(tmp_path / "lost"), rtol=0, atol=0)
-
-
-def test_the_command_tells_mistakes_in_one_line(files, tmp_path, capsys):
-    common, meta = files
-    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "responses": ["b"]}\n')
-    for extra, told in [(meta + ["--eta", "-1"], "eta"), (meta + ["--eta", "nan"], "eta"),
-                        (meta + ["--order", "second"], "order"), (meta + ["--etta", "1"], "--etta"),
-                        (meta, "--meta_batch_size"), (["--meta", f"{tmp_path}/no.jsonl"], "no.jsonl"),
-                        (["--meta", f"{tmp_path}/one.jsonl"], "k = 1"),
-                        (meta + ["--epochs", "0"], "--epochs"),
-                        (meta + ["--max_length", "2"], "--max_length")]:
-        assert metarm.main(common + extra + ["--out", f"{tmp_path}/rm"]) != 0
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("metarm.py: error:") and told in error
-        assert not (tmp_path / "rm").exists()
-    # Weights that blow up half-way: nothing is written.
-    common = common + meta + ["--meta_batch_size", "3", "--out", f"{tmp_path}/rm"]
-    assert metarm.main(common + ["--lr", "1e30"]) != 0 and not (tmp_path / "rm").exists()
-
-
-def test_the_command_warns_when_the_climb_is_lost_to_rounding(files, tmp_path, capsys):
-    common, meta = files
-    arguments = common + meta + ["--eta", "1e-12", "--meta_batch_size", "3", "--out", f"{tmp_path}/rm"]
-    assert metarm.main(arguments) == 0 and capsys.readouterr().err.count("Eq. 3 changed 0.00%") == 1
-
-
-def test_metarm_needs_nothing_but_torch():
-    tree = ast.parse(Path(metarm.__file__).read_text())
-    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"torch"}
-
-
-# --------------------------------------------------------------------------------------------------- on a GPU
-
-@CUDA
-@pytest.mark.parametrize("order", ["first", "exact"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@ORDERS
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_cuda_equals_cpu_and_runs_under_bf16_autocast(order, architecture):
-    def on_gpu(batch): return {key: value.cuda() for key, value in batch.items()}
-    model = reward_model(architecture)
-    expected = vector(metarm.meta_gradient(model, L_on(D), J_on(S), ETA, order, True)[0].values())
+    model, how = reward_model(architecture), (ETA, order, True)
+    grads, _ = metarm.meta_gradient(model, L_on(D), J_on(S), *how)
+    expected = vector(grads.values())
     model.cuda()
-    grads, _ = metarm.meta_gradient(model, L_on(on_gpu(D)), J_on(on_gpu(S)), ETA, order, True)
+    L, J = (on({k: v.cuda() for k, v in x.items()}) for on, x in [(L_on, D), (J_on, S)])
+    grads, _ = metarm.meta_gradient(model, L, J, *how)
     torch.testing.assert_close(vector(grads.values()).cpu(), expected, rtol=1e-4, atol=1e-5)
     model.float()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        grads, _ = metarm.meta_gradient(model, L_on(on_gpu(D)), J_on(on_gpu(S)), ETA, order, True)
+        grads, _ = metarm.meta_gradient(model, L, J, *how)
     found = vector(grads.values()).cpu().double()
     assert F.cosine_similarity(found, expected, dim=0) > 0.95

@@ -1,5 +1,6 @@
-"""What the README promises is there: names, options, layout, and a method file that stands alone."""
+"""What the README promises is there: names, options, files, and a method file that stands alone."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -8,48 +9,67 @@ from pathlib import Path
 
 import pytest
 
-import data
 import metarm
 import ppo
 import rm
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = re.findall(r"`(metarm|rm|ppo|data|eval)\.([A-Za-z_]+)`", README)
 
 
-@pytest.mark.parametrize("module, name", sorted(set(re.findall(r"`(metarm|rm|ppo|data|eval)\.([a-z_]+)`", README))))
-def test_every_function_named_exists(module, name):
-    assert name == "py" or hasattr(importlib.import_module(module), name)
+def test_every_function_named_exists():
+    assert len(NAMES) > 10
+    for module, name in NAMES:
+        assert name == "py" or hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
-def test_linked_files_and_pictures_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", *map(str, (ROOT / "docs").rglob("*.md"))])
+def test_linked_files_and_pictures_exist(page):
+    page = ROOT / page
+    for target in re.findall(r"\]\((?!http)([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("command", ["data.py", "rm.py", "metarm.py", "ppo.py", "eval.py"])
 def test_every_option_in_run_sh_and_readme_exists(command, capsys):
-    """Options beside a command in run.sh (continuation lines too) and README are options of that command."""
-    text = re.sub(r"\\\n", " ", (ROOT / "run.sh").read_text(encoding="utf-8")) + README
-    used = {option for line in re.findall(rf"(?<!\w){re.escape(command)} [^\n|`]*", text) for option in re.findall(r" (--[a-z_]+)", line)}
+    """Options beside a command, and of the presets' lists, are options of that command."""
+    run_sh = re.sub(r"\\\n", " ", (ROOT / "run.sh").read_text(encoding="utf-8"))
+    lines = re.findall(rf"(?<!\w){re.escape(command)} [^\n|`]*", run_sh + README)
+    used = set(re.findall(r" (--[a-z_]+)", " ".join(lines)))
     module = importlib.import_module(command[:-3])
-    assert module.main(["--help"]) == 0
+    modes = {"data.py": "toy label split", "ppo.py": "sft dpo ppo sample"}.get(command, "").split()
+    for mode in modes or [None]:
+        assert module.main([mode, "--help"] if mode else ["--help"]) == 0
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
     assert used and used <= known, used - known
 
 
-def test_metarm_runs_without_the_other_files(tmp_path):
+def test_metarm_needs_nothing_but_torch(tmp_path):
     """Copied alone into an empty folder, with nothing but torch importable."""
-    (tmp_path / "metarm.py").write_text((ROOT / "metarm.py").read_text(encoding="utf-8"), encoding="utf-8")
-    code = ("import sys; sys.modules.update({name: None for name in ('transformers', 'numpy', 'tqdm', 'rm', 'data', 'ppo')});"
-            "import torch, metarm; model = torch.nn.Linear(3, 1); x, s = torch.randn(2, 4, 3), torch.randn(6, 3);"
-            "info = metarm.metarm_step(model, torch.optim.SGD(model.parameters(), 0.1),"
-            "lambda f: -torch.nn.functional.logsigmoid(f(x[0]) - f(x[1])).mean(),"
-            "lambda f: metarm.difference_loss(f(s).view(2, 3)), 0.1); assert info['moved'] > 0.5")
+    source = (ROOT / "metarm.py").read_text(encoding="utf-8")
+    imports = [
+        node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = {getattr(node, "module", None) or node.names[0].name for node in imports}
+    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"torch"}
+    (tmp_path / "metarm.py").write_text(source, encoding="utf-8")
+    code = """
+import sys
+sys.modules.update(dict.fromkeys("transformers numpy tqdm rm data ppo".split()))
+import torch, metarm
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+(x, y), s = torch.randn(2, 4, 3), torch.randn(6, 3)
+L = lambda forward: -torch.nn.functional.logsigmoid(forward(x) - forward(y)).mean()
+J = lambda forward: metarm.difference_loss(forward(s).view(2, 3))
+assert metarm.metarm_step(model, optimizer, L, J, 0.1)["moved"] > 0.5
+"""
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-def test_pure_functions_know_no_files():
-    for function in (rm.preference_loss, ppo.gae, ppo.policy_loss, ppo.value_loss, ppo.dpo_loss, ppo.kl_penalised_rewards,
-                     metarm.difference_loss):
-        assert "shape" in function.__doc__.lower() and "Source" in function.__doc__ and "ValueError" in function.__doc__
+def test_pure_functions_tell_shapes_sources_and_errors():
+    pure = [rm.preference_loss, metarm.difference_loss, ppo.kl_penalised_rewards, ppo.gae]
+    for function in [*pure, ppo.policy_loss, ppo.value_loss, ppo.dpo_loss]:
+        for word in ("Returns", "Shape", "ValueError", "Source: "):
+            assert word in function.__doc__, (function.__name__, word)

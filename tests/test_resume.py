@@ -1,103 +1,112 @@
-"""A stage that is cut off in the middle ends as if it had not been: same weights, same log, to the last bit."""
+"""A stage that is cut off in the middle ends as if it had not been: same weights, same logs."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
+from conftest import make_pairs, make_policy, write_rows
+from safetensors.torch import load_file
 
 import data
 import metarm
 import ppo
 import rm
-from conftest import make_policy
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("resume")
-    words = "phone parcel invoice charge refund help".split()
-    rows = [{"prompt": f"Human: my {words[i % 6]} {words[i % 5]} {i}", "chosen": f" thank you, {words[i % 4]}",
-             "rejected": f" Sorry {words[i % 3]}"} for i in range(40)]
-    data.write_jsonl(root / "pairs.jsonl", rows)
-    data.write_jsonl(root / "meta.jsonl", [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"], " no"]}
-                                           for row in rows])
-    make_policy(root / "policy")
-    assert rm.main(["--model", f"{root}/policy", "--data", f"{root}/pairs.jsonl", "--out", f"{root}/rm", "--lr", "1e-3",
-                    "--batch_size", "8"]) == 0
-    return root
+def commands(tmp_path_factory):
+    """{name: (module, options)}, each of five steps or more."""
+    w, rows = tmp_path_factory.mktemp("resume"), make_pairs(40)
+    pairs = write_rows(w / "pairs.jsonl", rows)
+    S = [{"prompt": x["prompt"], "responses": [x["chosen"], x["rejected"], " no"]} for x in rows]
+    meta = write_rows(w / "meta.jsonl", S)
+    policy = make_policy(w / "policy")
+    start = f"--model {policy} --lr 1e-3 --checkpoint_minutes 0"
+    assert rm.main(f"--model {policy} --data {pairs} --out {w}/rm --batch_size 8".split()) == 0
+    fit = f"{start} --data {pairs} --batch_size 4"
+    climb = f"--meta {meta} --meta_batch_size 4 --eta 0.1 --normalize --log_every 3"
+    loop = f"--prompts {pairs} --reward_model {w}/rm --steps 5 --batch_size 8 --minibatch_size 4"
+    loop += " --max_new_tokens 6 --scale_prompts 8"
+    return {
+        "rm": (rm, f"{fit} --eval_data {pairs} --log_every 3"),
+        "metarm": (metarm, f"{fit} {climb}"),
+        "sft": (ppo, f"sft {fit}"),
+        "dpo": (ppo, f"dpo {fit}"),
+        "ppo": (ppo, f"ppo {start} {loop}"),
+    }
 
 
-def commands(w):
-    common = ["--model", f"{w}/policy", "--lr", "1e-3", "--checkpoint_minutes", "0"]
-    pairs = ["--data", f"{w}/pairs.jsonl", "--batch_size", "4"]
-    meta = ["--meta", f"{w}/meta.jsonl", "--meta_batch_size", "4", "--eta", "0.1", "--normalize", "--log_every", "3"]
-    loop = ["--prompts", f"{w}/pairs.jsonl", "--reward_model",
-            f"{w}/rm", "--steps", "4", "--batch_size", "8", "--minibatch_size", "4", "--max_new_tokens", "6",
-            "--scale_prompts", "8"]
-    return {"rm": (rm, [*common, *pairs, "--eval_data", f"{w}/pairs.jsonl", "--log_every", "3"]),
-            "metarm": (metarm, [*common, *pairs, *meta]),
-            "metarm-checkpointing": (metarm, [*common, *pairs, *meta, "--gradient_checkpointing"]),
-            "sft": (ppo, ["sft", *common, *pairs]), "dpo": (ppo, ["dpo", *common, *pairs]),
-            "ppo": (ppo, ["ppo", *common, *loop]),
-            "ppo-checkpointing": (ppo, ["ppo", *common, *loop, "--gradient_checkpointing"])}
+def cut_off(monkeypatch, module, options, out) -> None:
+    """Runs a command that is interrupted in its fourth step; its last checkpoint is two old."""
+    save = rm.Checkpoint.save
 
-
-@pytest.mark.parametrize("name", ["rm", "metarm", "metarm-checkpointing", "sft", "dpo", "ppo", "ppo-checkpointing"])
-def test_interrupted_and_resumed_equals_uninterrupted(world, name, monkeypatch):
-    module, argv = commands(world)[name]
-    assert module.main([*argv, "--out", f"{world}/{name}-whole"]) == 0
-
-    class Interrupted(rm.Checkpoint):
-        def __call__(self, step, **kept):
-            super().__call__(step, **kept)
-            if step == 2:
-                raise KeyboardInterrupt
+    def save_and_interrupt(self, step, **kept):
+        if step == 4:
+            raise KeyboardInterrupt
+        if step <= 2:
+            save(self, step, **kept)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rm, "Checkpoint", Interrupted)
-        assert module.main([*argv, "--out", f"{world}/{name}-cut"]) == 130
-    assert not (world / f"{name}-cut").exists() and (world / f"{name}-cut.partial/checkpoint.pt").exists()
+        patch.setattr(rm.Checkpoint, "save", save_and_interrupt)
+        assert module.main([*options.split(), "--out", f"{out}"]) == 130
+    assert not out.exists()
+    assert len(data.read_jsonl(f"{out}.partial/log.jsonl")) == 4
+
+
+@pytest.mark.parametrize("name", ["rm", "metarm", "sft", "dpo", "ppo"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    commands, name, tmp_path, monkeypatch, capsys
+):
+    module, options = commands[name]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert module.main([*options.split(), "--out", f"{whole}"]) == 0
+    cut_off(monkeypatch, module, options, cut)
+
+    # Other options do not go on from there, and do not harm it.
+    other = [*options.split(), "--seed", "7", "--out", f"{cut}"]
+    assert module.main(other) == 2 and f"{cut.name}.partial" in capsys.readouterr().err
+
+    # Of a machine with a GPU: its tensors lie on it, and it has a generator of its own.
+    checkpoint = tmp_path / "cut.partial/checkpoint.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["cuda_rng"] = [torch.zeros(16, dtype=torch.uint8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(saved, checkpoint)
+
     torch.manual_seed(99)  # whatever the new process starts with
-    assert module.main([*argv, "--out", f"{world}/{name}-cut"]) == 0
-    load = ppo.load_policy if module is ppo else rm.load_reward_model
-    whole, cut = (load(f"{world}/{name}-{kind}")[0].state_dict() for kind in ("whole", "cut"))
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert (world / f"{name}-whole/log.jsonl").read_bytes() == (world / f"{name}-cut/log.jsonl").read_bytes()
-    assert not (world / f"{name}-cut/checkpoint.pt").exists() and not (world / f"{name}-cut.partial").exists()
+    assert module.main([*options.split(), "--out", f"{cut}"]) == 0
+    a, b = (load_file(folder / "model.safetensors") for folder in (whole, cut))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    for log in ["log.jsonl"] + ["rollouts.jsonl"] * (name == "ppo"):
+        assert data.read_jsonl(whole / log) == data.read_jsonl(cut / log)
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (whole, cut)]
+    assert names[0] == names[1] and "checkpoint.pt" not in names[0]
+    assert not (tmp_path / "cut.partial").exists()
 
 
-@pytest.mark.filterwarnings("error::FutureWarning")  # transformers 5.24 renames how it is switched on
-@pytest.mark.parametrize("name", ["rm", "sft", "metarm"])
-def test_gradient_checkpointing_changes_memory_not_results(world, name):
-    """metarm goes another way with it (lookahead in place): same first-order step."""
-    module, argv = commands(world)[name]
-    for kind, flag in (("plain", []), ("checkpointing", ["--gradient_checkpointing"])):
-        assert module.main([*argv, *flag, "--out", f"{world}/gc-{name}-{kind}"]) == 0
-    load = ppo.load_policy if module is ppo else rm.load_reward_model
-    a, b = (load(f"{world}/gc-{name}-{kind}")[0].state_dict() for kind in ("plain", "checkpointing"))
-    assert all(torch.allclose(a[key], b[key], atol=2e-4) for key in a)
+def test_logs_are_cut_back_by_lines_of_the_file(tmp_path):
+    """A response may hold what Unicode calls a line break. It is none in a .jsonl file."""
+    args = type("Args", (), {"checkpoint_minutes": 0.0, "lr": 1.0})()
+    checkpoint = rm.Checkpoint(args, tmp_path, {})
+    rows = [{"step": i, "said": "a\u2028b\x85c\n"} for i in range(3)]
+    for step, row in enumerate(rows, 1):
+        checkpoint.log(row)
+        if step < 3:
+            checkpoint.save(step, queue=[step])
+    assert rm.Checkpoint(args, tmp_path, {}).resume() == (2, {"queue": [2]})
+    assert data.read_jsonl(tmp_path / "log.jsonl") == rows[:2]
 
 
-def test_sigkill_leaves_nothing_half_written_and_the_same_command_goes_on(world):
-    argv = [sys.executable, "rm.py", *commands(world)["rm"][1], "--epochs", "40", "--out", f"{world}/killed"]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    partial = world / "killed.partial/checkpoint.pt"
-    while not partial.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (world / "killed").exists()
-    module, flags = commands(world)["rm"]
-    assert module.main([*flags, "--epochs", "40", "--out", f"{world}/killed"]) == 0
-    assert module.main([*flags, "--epochs", "40", "--out", f"{world}/whole-40"]) == 0
-    a, b = (rm.load_reward_model(f"{world}/{kind}")[0].state_dict() for kind in ("killed", "whole-40"))
-    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+@pytest.mark.parametrize("name", ["rm", "metarm", "sft", "dpo"])
+def test_a_diverged_run_leaves_its_log(commands, name, tmp_path, capsys):
+    module, options = commands[name]
+    argv = [*options.split(), "--out", f"{tmp_path}/x", "--lr", "1e30"]
+    argv.remove("--checkpoint_minutes"), argv.remove("0")
+    assert module.main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "nan" in error.lower() and "lower" in error and f"{tmp_path}/x" in error
+    assert not (tmp_path / "x").exists()
+    log = data.read_jsonl(tmp_path / "x.partial/log.jsonl")
+    assert log and log[0]["step"] == 0
+    shutil.rmtree(tmp_path / "x.partial")

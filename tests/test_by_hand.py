@@ -1,0 +1,67 @@
+"""docs/by_hand.py: its numbers are those of the closed forms, and README quotes them."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.array(x)))
+
+
+@pytest.fixture(scope="module")
+def output():
+    command = [sys.executable, str(ROOT / "docs" / "by_hand.py")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_numbers(output):
+    lines = [re.findall(r"(?<!\S)-?\d\.\d{3}", line) for line in output.splitlines()]
+    theta, D = np.array([1.0, 0, 0]), np.array([[1, -2, 0], [1, 0, 1]])
+    S = np.array([[0, 0, 0], [1, 1, 0], [2, 3, 0]])
+    differences = np.array([S[1] - S[0], S[2] - S[1], S[2] - S[0]])  # rewards differ by 1, 1, 2
+    s = sigmoid(differences @ theta)
+    grad_J = 2 / 9 * (s * (1 - s)) @ differences
+    hessian_J = 2 / 9 * np.einsum("p,pi,pj", s * (1 - s) * (1 - 2 * s), differences, differences)
+    theta_prime = theta + 5 * grad_J
+    plain = -(1 - sigmoid(D @ theta)) @ D / 2
+    first = -(1 - sigmoid(D @ theta_prime)) @ D / 2
+    exact = first + 5 * hessian_J @ first
+    new = theta - first
+
+    def L(at):
+        return np.log(1 + np.exp(-D @ at)).mean()
+
+    def J(at):
+        return 2 / 9 * sigmoid(np.abs(differences @ at)).sum()
+
+    expected = [theta, grad_J, theta_prime]
+    expected += [(x @ at, 1 - sigmoid(x @ at)) for x in D for at in (theta, theta_prime)]
+    expected += [[plain @ grad_J], [L(at) for at in (theta, theta_prime, new)]]
+    expected += [[J(at) for at in (theta, theta_prime, new)], plain, first, exact, new]
+    assert lines == [[f"{x:.3f}" for x in row] for row in expected]
+
+
+def test_story(output):
+    """The climb raises L, and the pair that it hurts gains weight."""
+    numbers = [[float(x) for x in re.findall(r"-?\d\.\d{3}", s)] for s in output.splitlines()]
+    (margin, weight), (margin_prime, weight_prime) = numbers[3:5]
+    assert margin_prime < 0 < margin and weight < 0.5 < weight_prime
+    assert numbers[7][0] > 0 and numbers[8][1] > numbers[8][0] > numbers[8][2]
+    assert math.isclose(weight, 1 / (1 + math.e), abs_tol=1e-3)
+
+
+def test_readme_quotes_it(output):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = re.search(r"<!-- by hand -->\n+```\w*\n(.*?)```", readme, re.DOTALL)
+    if not quoted:
+        pytest.skip("README.md has no block marked <!-- by hand -->")
+    assert len(output.splitlines()) <= 15
+    assert quoted[1] == output
