@@ -186,6 +186,7 @@ def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[No
         raise ValueError("lookahead: FSDP1 does not know |grad J|; use FSDP2, or normalize=False")
     theta = [p.detach().clone() for p in parameters]  # subtracting the step again would round
     scale, norm = step_scale(grads, eta, normalize)
+    del grads  # L needs the memory
     # If grad J has overflowed, make all of theta' NaN, and so grad L: GradScaler then skips the
     # step. (A tanh can turn one infinite weight into a finite loss.)
     scale = scale + 0 * norm
@@ -270,39 +271,51 @@ def everywhere(model, parameters: Parameters) -> Parameters:
     return at
 
 
+def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_graph=False):
+    """Returns (mean of the losses, {name: its gradient}), one micro-batch after the other."""
+    losses, leaves = [losses] if callable(losses) else list(losses), list(parameters.values())
+    total = 0.0
+    for loss in losses:
+        try:
+            with disable_saved_tensors_hooks(NO_CHECKPOINTING):  # checkpointing is made of these
+                value = loss(forward) / len(losses)
+        except RuntimeError as error:
+            raise (ValueError(error) if NO_CHECKPOINTING in str(error) else error) from None
+        if "CheckpointFunctionBackward" in names_of_graph(value):  # the older, "reentrant" kind
+            raise ValueError(NO_CHECKPOINTING)
+        total = total + value.detach()
+        if value.requires_grad and not create_graph:
+            value.backward(inputs=leaves)  # adds up in the .grad of these leaves, in place
+        elif value.requires_grad:
+            new = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+            for p, g in zip(leaves, new, strict=True):
+                p.grad = p.grad if g is None else g if p.grad is None else p.grad + g
+    torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of the leaves
+    if all(p.grad is None for p in leaves):
+        fix = "it must call the `forward` it is given, not the model, and not under no_grad()"
+        raise ValueError(f"a loss does not depend on the trainable parameters: {fix}")
+    # A parameter without a part in the loss gets zeros.
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+    for p in leaves:
+        p.grad = None
+    return total, grads
+
+
 NO_CHECKPOINTING = (
     "gradient checkpointing runs the model again in the backward pass, at theta instead of theta'; "
     "use metarm.lookahead, or turn it off"
 )
 
 
-def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_graph=False):
-    """Returns (mean of the losses, {name: its gradient}), one micro-batch after the other."""
-    losses = [losses] if callable(losses) else list(losses)
-    leaves, sums, total = list(parameters.values()), dict.fromkeys(parameters), 0.0
-    options = {"create_graph": create_graph, "allow_unused": True}
-    for loss in losses:
-        grads = [None] * len(leaves)
-        try:
-            with disable_saved_tensors_hooks(NO_CHECKPOINTING):  # by these, it recomputes
-                value = loss(forward) / len(losses)
-            if value.requires_grad:
-                grads = torch.autograd.grad(value, leaves, **options)
-        except RuntimeError as error:
-            if "checkpoint" in str(error):
-                raise ValueError(NO_CHECKPOINTING) from None
-            raise
-        total = total + value.detach()
-        for name, g in zip(parameters, grads, strict=True):
-            if g is not None:
-                sums[name] = g if sums[name] is None else sums[name] + g
-    torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of the leaves
-    if all(g is None for g in sums.values()):
-        fix = "it must call the `forward` it is given, not the model, and not under no_grad()"
-        raise ValueError(f"a loss does not depend on the trainable parameters: {fix}")
-    # A parameter without a part in the loss gets zeros.
-    grads = {n: torch.zeros_like(p) if sums[n] is None else sums[n] for n, p in parameters.items()}
-    return total, grads
+def names_of_graph(value: Tensor) -> set[str]:
+    """Returns the names of the nodes in a value's autograd graph."""
+    seen, todo = set(), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [function for function, _ in node.next_functions]
+    return {node.name() for node in seen}
 
 
 def step_scale(grads, eta: float, normalize: bool) -> tuple[Tensor, Tensor]:

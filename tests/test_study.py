@@ -1,7 +1,9 @@
 """docs/study: statistics, the second world, the arms that live there, the page's figures."""
 
+import itertools
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -152,6 +154,22 @@ def test_the_page_says_what_the_csv_says(tmp_path):
     assert f"| {page.show(best)} | {page.show(predicted)} |" in text
     page.pictures(table, tmp_path)
     assert len(list(tmp_path.glob("summary-*.png"))) == 2
+
+
+def test_the_readme_says_what_the_csv_says():
+    """Each "mean [low, high]" under "What we found" is a figure of study.csv, or a difference."""
+    front = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"−?[\d.]+ \[−?[\d.]+, −?[\d.]+\]", front.partition("\n## What we found")[2])
+    rows, known = page.read_rows(STUDY / "study.csv"), set()
+    metrics = "gold shifted.matched gold.matched shifted.J shifted.margin_sd D.noisy kl rm".split()
+    for table in (page.Table(rows, task) for task in summary.WORLDS):
+        for arm, r in itertools.product(page.NAMES, (1, 2, 3, 4)):
+            found = [table.get(arm, metric, r) for metric in metrics]
+            for rival in ("sft", "dpo", "ppo", "reseeded", "random"):
+                found += [table.gain(arm, metric, r, rival) for metric in metrics]
+                found.append(table.net(arm, rival, r))
+            known |= {page.show(x, digits) for x in found if x for digits in (0, 1, 2, 3)}
+    assert set(said) <= known, set(said) - known
 
 
 def test_a_cell_is_written_whole_and_known(tmp_path):
