@@ -162,14 +162,15 @@ def last_rounds(policies) -> dict[str, str]:
     return {arm_of(name)[0]: name for name in sorted(policies, key=arm_of) if arm_of(name)[1]}
 
 
-def measure(prompts, responses, scores, rollouts, kl, by="gold", tie=0.25) -> dict:
+def measure(prompts, responses, scores, rollouts, epochs, kl, by="gold", tie=0.25) -> dict:
     """All figures of a run, as results.json holds them.
 
     prompts: {domain: texts}; domains are "test", "ood" and "pairs", the held-out pairs of D.
     responses: {(policy, domain): m lists of k texts}; [chosen, rejected] at ("D", "pairs").
     scores: {(judge, policy, domain): (m, k) rewards}; judges are the RMs and `by`.
     rollouts: {policy: one {"KL": nats, "RM": (b, g) rewards, `by`: (b, g)} per PPO step}.
-    kl: {policy: nats per response}. tie: rewards closer than this many SDs of `by` are tied.
+    epochs: {RM: [[step, % right on D]]}. kl: {policy: nats per response}.
+    tie: rewards closer than this many SDs of `by` are tied.
     """
 
     def in_sd(judge, rewards):  # SDs of this judge's rewards on SFT samples, above their mean
@@ -200,6 +201,11 @@ def measure(prompts, responses, scores, rollouts, kl, by="gold", tie=0.25) -> di
     last, models = last_rounds(names), [x for x, y, _ in scores if y == "D" and x != by]
     results = dict(by=by, tie=tie, k=len(texts[0]), last=last, policies=policies, curves=curves)
     results["prompts"] = {domain: len(texts) for domain, texts in prompts.items()}
+    results["epochs"], results["examples"] = epochs, []
+    for i, prompt in enumerate(prompts["test"][:5]):
+        shown = [policy for policy in names if policy in ("sft", "dpo", *last.values())]
+        answers = {title(policy): responses[policy, "test"][i][0] for policy in shown}
+        results["examples"].append([prompt, answers])
     results["ceiling"] = 100 * agreement(scores[by, "D", "pairs"] @ [1, -1], 1).mean()
     results["rms"] = {name: measure_rm(scores, z, name, last["ppo"], by, tie) for name in models}
     return results | {"criteria": criteria(results)}
@@ -223,6 +229,8 @@ def measure_rm(scores: dict, z: dict, name: str, shifted: str, by: str, tie: flo
         ours, theirs = spread(pair[0]), spread(pair[1])["variance"] or np.nan
         row[column] = {"J": spread(scores[name, policy, "test"])["J"], "J, SD units": ours["J"]}
         row[column] |= {"gap, SD": ours["margin"], "variance, SD²": ours["variance"]}
+        gaps = np.abs(reward_gaps(*[z[name, policy, "test"]] * 2)[0])
+        row[column] |= {"gaps": np.quantile(gaps, np.arange(0, 0.98, 0.02)).tolist()}
         row[column] |= {"ratio": ours["variance"] / theirs, "ρ": rank_correlation(*pair)[0]}
     return row
 
@@ -260,37 +268,61 @@ def criteria(results: dict) -> dict[str, dict]:
 
 # ------------------------------------------------------------------------------ pictures and report
 def figures(results: dict, folder: Path) -> None:
-    """Draws PPO step by step, under headings that say what this run's numbers say."""
+    """Draws the four pictures, under headings that say what this run's numbers say."""
     from matplotlib import figure
 
-    by, curves = results["by"], results["curves"]
+    by, curves, rms, last = (results[key] for key in ("by", "curves", "rms", "last"))
 
     def smooth(arm, key):  # a step has few rollouts: each point is the mean of up to 9 steps
         y = np.array(sum((curves[x][key] for x in curves if arm_of(x)[0] == arm), []), float)
         return [y[i - min(4, i) : i + min(4, i) + 1].mean() for i in range(len(y))]
 
-    def draw(name, arms, keys, xlabel, ylabel):
-        axes, ends = figure.Figure((9, 4), layout="tight").subplots(), []
-        for key, style, judge in zip(keys, ("-", "--"), ("its RM", by), strict=True):
-            for arm in arms:
-                y, label = smooth(arm, key), f"{NAMES[arm]}, by {judge}"
-                x = smooth(arm, "KL") if "KL" in xlabel else range(len(y))
-                axes.plot(x, y, style, color=COLOURS[arm], label=label, lw=2.2)
-            y = smooth("ppo", key)
-            ends.append(f"{show(*y[:1])} → {show(*y[-1:])} by {judge}")
+    def draw(name, heading, lines, xlabel, ylabel):  # lines: x, y, arm, style, label
+        axes = figure.Figure((9, 4), layout="tight").subplots()
+        for x, y, arm, style, label in lines:
+            axes.plot(x, y, style, color=COLOURS.get(arm, COLOURS["ppo"]), label=label, lw=2.2)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        axes.set_title(f"PPO on RM0: {', '.join(ends)}", loc="left")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the lines
+        axes.set_title(heading, loc="left")
+        if lines:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         axes.figure.savefig(folder / f"{name}.tmp", dpi=150, format="png")
         (folder / f"{name}.tmp").replace(folder / f"{name}.png")
 
+    def over_ppo(arms, keys, kl):
+        lines, ends = [], []
+        for key, style, judge in zip(keys, ("-", "--"), ("its RM", by), strict=True):
+            for arm in arms:
+                y, label = smooth(arm, key), f"{NAMES[arm]}, by {judge}"
+                lines.append((smooth(arm, "KL") if kl else range(len(y)), y, arm, style, label))
+            y = smooth("ppo", key)
+            ends.append(f"{show(*y[:1])} → {show(*y[-1:])} by {judge}")
+        return f"PPO on RM0: {', '.join(ends)}", lines
+
     # Paper's Figure 1: RM0 holds its policy's answers less and less apart. And in truth?
     keys = "variance by RM", f"variance by {by}"
-    draw("fig1_reward_difference", ["ppo"], keys, "PPO step", "variance of two answers' gap, SD²")
+    y = "variance of two answers' gap, SD²"
+    draw("fig1_reward_difference", *over_ppo(["ppo"], keys, False), "PPO step", y)
     # Gao et al. 2022: what a policy pays in KL, what its RM predicts for that, and what it gets.
     x = "KL to the SFT policy, nats per response"
-    draw("gold_over_kl", results["last"], ("RM", by), x, "mean reward, SD above SFT")
+    draw("gold_over_kl", *over_ppo(last, ("RM", by), True), x, "mean reward, SD above SFT")
+    # Paper's Figure 4: does the meta step cost accuracy on D?
+    lines = []
+    for name, points in results["epochs"].items():
+        style = {1: ":", 2: "--"}.get(arm_of(name)[1], "-")
+        lines.append((*np.array(points).T, arm_of(name)[0], style, title(name)))
+    apart = show(np.ptp([line[1][-1] for line in lines] or [0]))
+    heading = f"At the end, the RMs lie within {apart} points of each other"
+    draw("fig4_rm_accuracy", heading, lines, "step", "right on held-out pairs of D, %")
+    # Paper's Figure 5: which RM holds the shifted policy's answers further apart?
+    lines = []
+    for name in dict.fromkeys(map(trainer_of, last.values())):
+        far, label = (
+            rms[name]["shifted"],
+            f"{title(name)}\n(mean {show(rms[name]['shifted']['gap, SD'])})",
+        )
+        lines.append((far["gaps"], 100 - 2 * np.arange(49), arm_of(name)[0], "-", label))
+    heading = f"How far apart RMs hold two answers of {title(last['ppo'])}"
+    draw("fig5_reward_gaps", heading, lines, "gap |r - r'|, SD of the RM", "pairs further apart, %")
 
 
 def show(*values) -> str:
@@ -336,6 +368,10 @@ def report(results: dict, judge: str) -> str:
     n, right, by = results["prompts"], show(results["ceiling"]), "the judge" if judge else "gold"
     end = title(results["last"]["ppo"])
     criteria, policies, rivals, accuracy, spreads = tables([results])
+    examples = ""
+    for prompt, answers in results["examples"]:
+        examples += f"\n> {' '.join(prompt.split())}\n\n"
+        examples += "".join(f"- **{who}**: {' '.join(x.split())}\n" for who, x in answers.items())
     truth = "Gold is the truth: rules that no model was shown."
     if judge:
         truth = f"The judge is a reward model, {judge}, trained on pairs that no arm saw."
@@ -355,8 +391,9 @@ One SD is that of a judge's rewards of SFT's answers. Gaps below {results["tie"]
 **One seed: one seed proves nothing.** The figures of one seed also differ between machines.
 
 ## 1. Did RM0 go stale?
-Before PPO (SFT) and after it ({end}). –: it cannot be told. At the same gap by {by}: as a policy
-narrows, its answers differ less in truth too, and any RM finds them harder to tell apart.
+Before PPO (SFT) and after it ({end}). –: it cannot be told.
+At the same gap by {by}: as a policy narrows, its answers differ less in truth too, and any RM finds
+them harder to tell apart.
 
 {criteria}
 ![variance of the reward difference](figures/fig1_reward_difference.png)
@@ -375,7 +412,12 @@ answers to one prompt: lower is more diverse. Second table: win / tie / lose in 
 gap, its ratio to the one by {by}, rank correlation ρ with {by}. θ': after one more climb of J.
 
 {accuracy}
-{spreads}"""
+{spreads}
+![accuracy on D over training](figures/fig4_rm_accuracy.png)
+![gaps of the reward models](figures/fig5_reward_gaps.png)
+
+## 4. The first answers to the first five test prompts
+{examples}"""
 
 
 # ------------------------------------------------------------------------ samples, scores, commands
@@ -439,7 +481,7 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
         prompts["ood"] = data.read_prompts(run / "data" / "prompts-ood.jsonl")
     pairs = run / ("pairs" if (run / "pairs").exists() else "data")  # real preferences lie in data/
     pairs = data.read_preferences(pairs / "valid.jsonl")
-    responses, scores, rollouts, kl = {}, {}, {}, {}
+    responses, scores, rollouts, epochs, kl = {}, {}, {}, {}, {}
     reference, _ = ppo.load_policy(str(policies["sft"]))
     for policy, folder in policies.items():
         asked = prompts if policy in ("sft", *last.values()) else {"test": prompts["test"]}
@@ -460,12 +502,15 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
     responses["D", "pairs"] = [[pair["chosen"], pair["rejected"]] for pair in pairs]
     for name, folder in {by: None, **models}.items():
         model = rm.load_reward_model(str(folder)) if folder else judge
+        if folder and name != "oracle" and (folder / "log.jsonl").exists():
+            log = [row for row in data.read_jsonl(folder / "log.jsonl") if "accuracy" in row]
+            epochs[name] = [[row["step"], 100 * row["accuracy"]] for row in log]
         for (policy, domain), groups in responses.items():
             own = domain == "test" and (policy == "sft" or trainer_of(policy) == name)
             if own or name == by or policy in ("D", last["ppo"]):
                 texts = prompts[domain], groups
                 scores[name, policy, domain] = scored(model, *texts, args.batch_size)
-    return measure(prompts, responses, scores, rollouts, kl, by, args.tie)
+    return measure(prompts, responses, scores, rollouts, epochs, kl, by, args.tie)
 
 
 def evaluate(args) -> None:

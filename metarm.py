@@ -374,8 +374,6 @@ def train(args) -> None:
     import data
     import rm
 
-    if args.eta < 0:
-        raise data.Mistake(f"--eta {args.eta}: the ascent needs a length of 0 or more")
     pairs, samples = data.read_preferences(args.data), data.read_meta(args.meta)
     adapted = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
     with data.output_folder(args.out) as work, adapted as adapted_work:
@@ -390,7 +388,14 @@ def train(args) -> None:
         while len(batches_of_S) < steps:  # pass over S again, in a new order
             batches_of_S += rm.epoch_batches([0] * len(S), size, seed, flag)
             seed += 1
-        climbing = {"eta": args.eta, "normalize": args.normalize}
+        # The paper has eta = alpha. AdamW moves each of P weights by about lr, so its step is
+        # lr * sqrt(P) long, and so is the climb. (lr decays to 0; eta does not.)
+        eta, weights = args.eta, sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if eta is None:
+            eta = args.lr * math.sqrt(weights) if args.normalize else args.lr
+        if not eta >= 0:
+            raise data.Mistake(f"--eta {eta}: the ascent needs a length of 0 or more")
+        climbing = {"eta": eta, "normalize": args.normalize}
 
         def J(forward, groups):  # Eq. 2 on prompts of S
             with rm.autocast(model.device):
@@ -416,8 +421,7 @@ def train(args) -> None:
         log = rm.fit(args, work, model, D, step, look)
         rm.save_model(model, tokenizer, work)
         if args.save_adapted:  # one climb from the trained theta
-            some = next(rm.epoch_batches([0] * len(S), min(64, len(S)), args.seed))
-            X_s = micro_batches(J, [S[i] for i in some], args.micro_batch_size)
+            X_s = micro_batches(J, [S[i] for i in batches_of_S[0]], args.micro_batch_size)
             model.load_state_dict(adapted_parameters(model, X_s, **climbing), strict=False)
             rm.save_model(model, tokenizer, adapted_work)
     print(f"{args.out}: {len(D)} pairs, {len(S)} prompts of S; at the end {log[-1]}")
@@ -431,8 +435,10 @@ def main(argv: list[str] | None = None) -> int:
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     rm.training_options(parser)
     add("--meta", required=True, help="meta set S, .jsonl: a prompt and k responses per row")
-    add("--eta", type=float, default=5e-6, help="length of the ascent, Eq. 3")
-    add("--normalize", action=flag, default=False, help="ascend by eta * grad J / |grad J|")
+    add(
+        "--eta", type=float, help="length of the ascent, Eq. 3; default: lr * sqrt(trained weights)"
+    )
+    add("--normalize", action=flag, default=True, help="ascend by eta * grad J / |grad J|")
     add("--order", choices=["first", "exact"], default="first", help="exact takes twice as long")
     add("--meta_batch_size", type=int, default=16, help="m: prompts of S per step")
     add("--save_adapted", default="", help="folder to write theta' of the trained model to")

@@ -313,8 +313,8 @@ def sample_responses(
     source: str = "prompts",
 ) -> list[list[str]]:
     """Returns k responses (texts) to each prompt, from one seed. Raises: Mistake on k < 1."""
-    if k < 1:
-        raise data.Mistake(f"--k {k}: at least 1 response per prompt is needed")
+    if k < 1 or not prompts:
+        raise data.Mistake(f"{source}: --k {k} x {len(prompts)} prompts are no responses; raise it")
     torch.manual_seed(seed)
     how = (max_new_tokens, temperature, top_p, repetition_penalty)
     items = encode_prompts([(model, tokenizer)], prompts, max_new_tokens, source)

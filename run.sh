@@ -35,7 +35,7 @@ case ${1:-} in "" | --*) preset=toy ;; *) preset=$1; shift ;; esac
 case $preset in
   smoke | toy) real="" options="seed|run" ;;
   hh | hh-smoke) real=1 options="seed|run|model|data|ood" ;;
-  study) setup .venv requirements.txt; exec "$PYTHON" docs/study/study.py "$@" ;;
+  study) setup .venv requirements.txt docs/study/requirements.txt; exec "$PYTHON" docs/study/study.py "$@" ;;
   bench) setup .venv-bench docs/bench/requirements.txt; exec "$PYTHON" docs/bench/bench.py "$@" ;;
   test)
     setup .venv requirements.txt tests/requirements.txt

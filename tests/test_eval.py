@@ -164,7 +164,14 @@ def made_up(m=300, k=4, gold_at_the_end=0.15, pairs=400):
     for name in shifts:
         responses[name, "test"] = [[f"{name} {i} {j}" for j in range(k)] for i in range(m)]
     prompts = {"test": ["?"] * m, "pairs": ["?"] * pairs}
-    return {"prompts": prompts, "responses": responses, "scores": scores, "rollouts": {}, "kl": {}}
+    return {
+        "prompts": prompts,
+        "responses": responses,
+        "scores": scores,
+        "rollouts": {},
+        "kl": {},
+        "epochs": {},
+    }
 
 
 def holds(results):
@@ -281,7 +288,7 @@ def evaluated(run, *options):
 
 def test_report_of_a_run(fake_run):
     results, text = evaluated(fake_run[0])
-    for name in ("fig1_reward_difference.png", "gold_over_kl.png"):
+    for name in ("fig1_reward_difference.png", "gold_over_kl.png", "fig4_rm_accuracy.png"):
         picture = (fake_run[0] / "figures" / name).read_bytes()
         assert picture[:4] == b"\x89PNG" and name in text
     assert "nan" not in text.lower().split() and "None" not in text

@@ -159,7 +159,8 @@ def test_the_page_says_what_the_csv_says(tmp_path):
 def test_the_readme_says_what_the_csv_says():
     """Each "mean [low, high]" under "What we found" is a figure of study.csv, or a difference."""
     front = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
-    said = re.findall(r"−?[\d.]+ \[−?[\d.]+, −?[\d.]+\]", front.partition("\n## What we found")[2])
+    section = front.partition("\n## What we found")[2].partition("\n## ")[0]
+    said = re.findall(r"−?[\d.]+ \[−?[\d.]+, −?[\d.]+\]", section)
     rows, known = page.read_rows(STUDY / "study.csv"), set()
     metrics = "gold shifted.matched gold.matched shifted.J shifted.margin_sd D.noisy kl rm".split()
     for table in (page.Table(rows, task) for task in summary.WORLDS):

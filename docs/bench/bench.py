@@ -23,7 +23,7 @@ import tempfile
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from unittest import mock
 
 import torch
@@ -42,7 +42,6 @@ import metarm
 import ppo
 import rm
 
-HERE = Path(__file__).resolve().parent
 # One thread; and, as in run.sh, glibc keeps the memory of one step for the next. For both sides.
 SETTINGS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 SETTINGS |= {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
@@ -109,18 +108,15 @@ def their_loop(make_trainer) -> None:
     """Runs a transformers Trainer with marks where it begins to train, and after each step."""
     clock = transformers.TrainerCallback()
     clock.on_train_begin = clock.on_step_end = mark
-    with quiet():
-        trainer = make_trainer()
-        trainer.add_callback(clock)
-        trainer.train()
+    trainer = make_trainer()
+    trainer.add_callback(clock)
+    trainer.train()
 
 
 def command(main, arguments: list) -> None:
     """Runs a command of the five files."""
     with quiet() as heard:
-        status = main([str(argument) for argument in arguments])
-    if status:
-        raise RuntimeError(heard.getvalue())
+        assert main([str(argument) for argument in arguments]) == 0, heard.getvalue()
 
 
 @contextmanager
@@ -142,11 +138,9 @@ def peak_bytes(step) -> int:
     return peak
 
 
-# ----------------------------------------------------------------------------------- table rows
-
-
-def row(what: str, ours: str, other: str, ratio: list[float], arithmetic=None, goal="") -> dict:
-    """Returns a row of the table. ratio: of each turn; arithmetic: what it alone would give."""
+def row(what, ours: str, other: str, above: list, below: list, arithmetic=None, goal="") -> dict:
+    """Returns a row of the table. Its ratios are above / below; arithmetic: what it alone gives."""
+    ratio = [a / b for a, b in zip(above, below, strict=True)]
     texts = {"what": what, "ours": ours, "other": other, "goal": goal}
     return texts | {"ratio": ratio, "arithmetic": arithmetic}
 
@@ -155,12 +149,8 @@ def speed(what, n: int, unit: str, found: dict, ours: str, theirs: str, peer: st
     """Returns a row: how many times as many of the n `unit` per second as the other side."""
     seconds, passes = found["seconds"], found["passes"]
     text = {side: f"{n / median(times):.1f} {unit}/s" for side, times in seconds.items()}
-    ratio, arithmetic = over(seconds[theirs], seconds[ours]), passes[theirs] / passes[ours]
-    return row(what, text[ours], f"{peer}: {text[theirs]}", ratio, arithmetic, goal)
-
-
-def over(above: list[float], below: list[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below, strict=True)]
+    times, other = (seconds[theirs], seconds[ours]), f"{peer}: {text[theirs]}"
+    return row(what, text[ours], other, *times, passes[theirs] / passes[ours], goal)
 
 
 # ------------------------------------------------------------- the parts: what is run beside what
@@ -176,6 +166,7 @@ def rm_training(args, box):
     ids = [{f"{side}_ids": sum(r, []) for side, r in zip(SIDES, g, strict=True)} for g in D]
     options = ["--model", box / "six", "--data", box / "d.jsonl", "--batch_size", batch]
     settings = {"per_device_train_batch_size": batch, "num_train_epochs": 1, "learning_rate": 5e-6}
+    settings |= {"max_length": MAX_LENGTH, "output_dir": str(box / "trl")}
 
     def ours():
         our_loop(rm.main, [*options, "--out", tempfile.mkdtemp(dir=box)], rm, "fit")
@@ -185,25 +176,21 @@ def rm_training(args, box):
             ours()
 
     def trainer():
-        config = RewardConfig(
-            **PEER, **settings, output_dir=tempfile.mkdtemp(dir=box), max_length=MAX_LENGTH
-        )
         rows = {"train_dataset": Dataset.from_list(ids), "processing_class": tokenizer}
-        return RewardTrainer(str(box / "six"), config, **rows)
+        return RewardTrainer(str(box / "six"), RewardConfig(**PEER, **settings), **rows)
 
     sides = {"trl": lambda: their_loop(trainer), "ours": ours, "unsorted": unsorted}
     found = in_turn(args.turns, warm_up=False, **sides)
     what, measured = "RM training, 6 layers, batches of 8", (len(D), "pairs", found)
-    return [
-        speed(what, *measured, "ours", "trl", "TRL RewardTrainer", "≥ 1.6"),
-        speed("– without batches of like length", *measured, "unsorted", "trl", "the same"),
-    ], found
+    rows = [speed(what, *measured, "ours", "trl", "TRL RewardTrainer", "≥ 1.6")]
+    rows.append(speed("– rows not sorted by length", *measured, "unsorted", "trl", "the same"))
+    return rows, found
 
 
 def scoring(args, box):
     """k = 5 responses to each prompt: `rm.score` as it is, and with every row read in full."""
     model, tokenizer, pairs = real(args.data, box)
-    _, S, texts = batch_of(tokenizer, pairs, 8, prompt=(80, 300), longer=3)
+    _, _, texts = batch_of(tokenizer, pairs, 8, prompt=(130, 300))
     calls = [([item["prompt"]] * 5, item["responses"]) for item in texts]
 
     def score(share):
@@ -212,8 +199,7 @@ def scoring(args, box):
 
     assert torch.allclose(score(True), score(False), atol=1e-5)
     found = in_turn(args.turns, ours=lambda: score(True), full=lambda: score(False))
-    P, T = mean(len(g[0][0]) for g in S), mean(len(ids) for g in S for _, ids in g)
-    what = f"Scoring 5 responses ({T:.0f} tokens) to one prompt ({P:.0f})"
+    what = "Scoring 5 responses of 40 tokens to one prompt of 180"
     return [speed(what, 40, "rows", found, "ours", "full", "rows in full", "≥ 2")], found
 
 
@@ -233,11 +219,11 @@ def meta_step(args, box):
         least, goal = 3 - 2 * tokens_of_D / tokens, "≤ 2.2" if X_t is not D else ""
         what = f"First-order step, {case} ({tokens} tokens)"
         other = f"its tokens at a plain step's cost: {median(cost):.2f} s"
-        rows.append(row(what, at["first"], other, over(first, cost), 1.0, "≤ 1.15"))
+        rows.append(row(what, at["first"], other, first, cost, 1.0, "≤ 1.15"))
         what, other = f"Exact ÷ first order, {case}", f"first order: {at['first']}"
-        rows.append(row(what, at["exact"], other, over(exact, first), least, goal))
+        rows.append(row(what, at["exact"], other, exact, first, least, goal))
         what, other = "– torchopt ÷ our exact step", f"torchopt MetaSGD: {at['torchopt']}"
-        rows.append(row(what, at["exact"], other, over(torchopt, exact), 1.0, "≥ 1"))
+        rows.append(row(what, at["exact"], other, torchopt, exact, 1.0, "≥ 1"))
     ours, _ = metarm.meta_gradient(model, L, J, ETA, "exact")
     torchopt_backward(model, L, J)
     theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -257,7 +243,7 @@ def memory(args, box):
     other = f"plain step ({peak['plain']:.0f}) + copy + gradient: {budget:.0f} MiB"
     texts = {"first": "Peak memory, first order, S in 2 micro-batches", "exact": "– exact order"}
     texts |= {"torchopt": "– torchopt"}
-    rows = [row(texts[x], f"{peak[x]:.0f} MiB", other, [peak[x] / budget]) for x in texts]
+    rows = [row(texts[x], f"{peak[x]:.0f} MiB", other, [peak[x]], [budget]) for x in texts]
     rows[0]["goal"] = "≤ 1.10"
     return rows, peak
 
@@ -291,18 +277,13 @@ def ppo_iteration(args, box, what, model, prompts, rollouts, minibatch, steps):
     options |= {"scale_prompts": aside, "batch_size": rollouts, "rollouts_per_prompt": 4}
     options |= {"minibatch_size": minibatch, "micro_batch_size": minibatch, "ppo_epochs": 2}
     options |= {"steps": steps, "max_new_tokens": 48, "lr": 1e-9, "critic_lr": 1e-9}
-    common = PEER | {
-        "learning_rate": 1e-9,
-        "temperature": 1.0,
-        "output_dir": tempfile.mkdtemp(dir=box),
-    }
+    common = PEER | {"learning_rate": 1e-9, "temperature": 1.0, "output_dir": str(box / "trl")}
 
     def ours():
         flags = [text for name, value in options.items() for text in (f"--{name}", value)]
         our_loop(ppo.main, ["ppo", *flags, "--out", tempfile.mkdtemp(dir=box)], ppo, "rollout")
 
-    def reader(path):
-        return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    reader = transformers.AutoModelForSequenceClassification.from_pretrained
 
     def ppo_trainer():  # one batch of rollouts is generated at a time, as in ppo.py
         settings = {"per_device_train_batch_size": rollouts, "total_episodes": rollouts * steps}
@@ -310,7 +291,7 @@ def ppo_iteration(args, box, what, model, prompts, rollouts, minibatch, steps):
         settings |= {"local_rollout_forward_batch_size": rollouts, "num_sample_generations": 0}
         settings |= {"response_length": 48, "stop_token": "eos", "missing_eos_penalty": 1.0}
         load = transformers.AutoModelForCausalLM.from_pretrained
-        models = {"model": load(model), "ref_model": load(model), "value_model": reader(model)}
+        models = {"model": load(model), "ref_model": load(model), "value_model": reader(box / "rm")}
         ids = [{"input_ids": tokenizer(x).input_ids} for x in prompts[aside:] for _ in range(4)]
         models |= {"reward_model": reader(box / "rm"), "train_dataset": Dataset.from_list(ids)}
         return PPOTrainer(PPOConfig(**common, **settings), tokenizer, **models)
@@ -379,29 +360,26 @@ def torchopt_backward(model, L, J) -> None:
 
 def real(path: str, box: Path):
     """Returns (reward model of 6 layers and width 256, its tokenizer, pairs); an LM in box/six."""
-    with quiet():
-        pairs = data.read_preferences(data.from_hub(path))[:1400]
+    pairs = data.read_preferences(data.from_hub(path))[:1400]
     bpe = ByteLevelBPETokenizer()
     texts = [pair["prompt"] + pair["chosen"] for pair in pairs]
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, show_progress=False)
     ends = {"eos_token": "<|eos|>", "pad_token": "<|pad|>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(bpe.to_str()), **ends
-    )
+    ends |= {"tokenizer_object": Tokenizer.from_str(bpe.to_str())}
+    tokenizer = transformers.PreTrainedTokenizerFast(**ends)
     policy = data.make_model(tokenizer, hidden_size=256, layers=6, seed=0)
     policy.config.max_position_embeddings = MAX_LENGTH
     rm.save_model(policy, tokenizer, box / "six")
     model, _ = rm.load_reward_model(str(box / "six"), seed=0)
-    with quiet():
-        pairs, _ = rm.encode_groups(model, tokenizer, pairs, path, MAX_LENGTH)
+    pairs, _ = rm.encode_groups(model, tokenizer, pairs, path, MAX_LENGTH)
     return model, tokenizer, pairs
 
 
-def batch_of(tokenizer, pairs: list[dict], n: int, prompt=(80, 140), longer=0.0):
+def batch_of(tokenizer, pairs: list[dict], n: int, prompt=(80, 140)):
     """Returns (D, S, S as texts): n encoded pairs, and their n prompts with k = 5 responses each.
 
     These are the pair's own, and the words of the chosen one in three other orders. Responses have
-    20 to 60 tokens; prompts lie within `prompt`, at least `longer` times as long as responses.
+    20 to 60 tokens; the lengths of prompts lie within `prompt`.
     """
     found, rng = [], random.Random(0)
     for pair in pairs:
@@ -410,7 +388,7 @@ def batch_of(tokenizer, pairs: list[dict], n: int, prompt=(80, 140), longer=0.0)
         item = {"prompt": pair["prompt"], "responses": [pair[side] for side in SIDES] + others}
         group = [rm.encode(tokenizer, item["prompt"], text) for text in item["responses"]]
         P, T = len(group[0][0]), [len(response_ids) for _, response_ids in group]
-        if prompt[0] <= P <= prompt[1] and 20 <= min(T) <= max(T) <= 60 and P >= longer * mean(T):
+        if prompt[0] <= P <= prompt[1] and 20 <= min(T) <= max(T) <= 60:
             found.append((group[:2], group, item))
     if len(found) < n:
         raise data.Mistake(f"--data: {len(found)} rows of a usual length are too few; give more")
@@ -434,31 +412,23 @@ def line(item: dict) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
-    packages = ("torch", "transformers", "trl", "torchopt")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    return f"One thread of {(names or ['a CPU'])[0]}; {', '.join(versions)}."
-
-
 def run(args) -> None:
     """Measures, and puts the table between the markers of README.md, whose text is by hand."""
     torch.nn.modules.module.register_module_forward_pre_hook(note)
-    store, page = HERE / "results.json", HERE / "README.md"
-    parts = json.loads(store.read_text(encoding="utf-8"))["parts"] if args.only else {}
+    page = Path(__file__).resolve().with_name("README.md")
+    store = page.with_name("results.json")
+    parts = json.loads(store.read_text(encoding="utf-8")) if args.only else {}
     for name in args.only or PARTS:
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as box:
+        with tempfile.TemporaryDirectory() as box, quiet():
             rows, found = PARTS[name](args, Path(box))
         parts[name] = {"rows": rows, "found": found}
-        results = {"machine": machine(), "parts": parts}
-        data.write_text(store, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        print(f"{name}: {time.monotonic() - start:.0f} s", *map(line, rows), sep="\n", flush=True)
+        data.write_text(store, json.dumps(parts, indent=1, ensure_ascii=False) + "\n")
+        print(f"{name}:", *map(line, rows), sep="\n", flush=True)
     rows = [item for name in PARTS if name in parts for item in parts[name]["rows"]]
     head = "| what | ours | the other | ratio | arithmetic alone | goal |  |\n" + "|---" * 7 + "|\n"
-    table = head + "\n".join(map(line, rows)) + f"\n\n{machine()}\n"
+    packages = ("torch", "transformers", "trl", "torchopt")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    table = head + "\n".join(map(line, rows)) + f"\n\n{versions}\n"
     before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
     data.write_text(page, f"{before}<!-- table -->\n{table}{rest[rest.index('<!-- end -->') :]}")
 

@@ -283,7 +283,7 @@ def run_seed(args, task: str, seed: int, arms: list[str], chosen: dict) -> None:
                 cell = (task, seed, arm, r)
                 if cell not in page.cells(csv):
                     figures = bench.measure(arm, r)
-                    with locked(csv.with_name(".lock")):  # other seeds write there, too
+                    with locked(home.with_name("csv.lock")):  # other seeds write there, too
                         page.append_rows(csv, [(*cell, *figure) for figure in figures.items()])
                     gold = f"gold {figures['gold']:+.2f} SD above SFT"
                     print(f"{task}, seed {seed}: {arm}, round {r}: {gold}", flush=True)
@@ -303,6 +303,7 @@ def locked(path: Path, complaint: str = ""):
 def study(args) -> None:
     """Runs what study.csv does not have, each seed in a process of its own; prints the tables."""
     out, jobs, seconds = Path(args.out), [], 0
+    out.mkdir(parents=True, exist_ok=True)
     settings, known = page.read_settings(out), page.cells(out / "study.csv")
     for task in args.tasks.split(","):
         if task not in summary.WORLDS:
