@@ -1,11 +1,9 @@
 """The toy world, whose true reward is known, and what all commands share: files, folders, options.
 
-THE WORLD  is help-desk dialogue in the form of HH-RLHF. gold_reward() is the truth: a short list of
-           plain rules on the text. You disagree with it? Change the table GOLD and run again.
-D          is pairs of responses of the SFT policy, labelled from the gold reward by Bradley-Terry,
-           as in Gao et al. 2022. Only these labels leave the world.
-OOD        is five problems of a travel desk. SFT text speaks of them (it stands in for pre-training
-           too), D never does.
+THE WORLD  is help-desk dialogue in the form of HH-RLHF. gold_reward() is the truth: plain rules on
+           the text. You disagree with it? Change the table GOLD and run again.
+D          is pairs of responses of the SFT policy, labelled by Bradley-Terry from the gold reward.
+OOD        is five problems of a travel desk, in SFT text (it stands in for pre-training), not in D.
 
 python data.py toy --out runs/toy/data --seed 0
     writes sft.jsonl {"prompt", "response"}; prompts-X.jsonl {"prompt"} for X = pairs, meta, ppo,
@@ -13,20 +11,20 @@ python data.py toy --out runs/toy/data --seed 0
 python data.py label --samples runs/toy/pairs-samples/samples.jsonl --out runs/toy/pairs --noise 1.0
     writes train.jsonl and valid.jsonl {"prompt", "chosen", "rejected"}.
 python data.py split --source Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --out runs/hh/data
-    writes the same from real preferences: a file here, or (as in the example) a file on the hub.
+    writes the same from real preferences. Any .jsonl file that is read may be on the hub, as here.
 """
 
 import argparse
 import contextlib
-import functools
 import gzip
 import itertools
 import json
 import math
-import os
 import random
 import re
+import resource
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -36,8 +34,7 @@ class Mistake(ValueError):
 
 
 # ----------------------------------------------------------------------------------- the gold rules
-
-GOLD = {  # points: the table to disagree with
+GOLD = {  # points
     "names the thing": 1.0,  # says "camera" to a customer who wrote about a camera
     "remedy that fits": 2.0,  # the ONE remedy of this customer's problem
     "other remedy": -1.0,  # each other kind of remedy on offer
@@ -82,7 +79,6 @@ def gold_parts(prompt: str, response: str) -> dict[str, float]:
     }
 
 
-@functools.lru_cache(maxsize=100_000)
 def read_customer(prompt: str) -> tuple[str, str]:
     """(problem, thing) that a prompt of the toy world is about. Raises: Mistake for any other."""
     thing = re.search(ANY_THING, prompt)
@@ -108,12 +104,10 @@ def table(text: str) -> dict[str, list[list[str]]]:
     return rows
 
 
-SHOP = (
-    "phone laptop tablet camera radio speaker watch headset lamp clock scooter drill shaver torch "
-    "keyboard mouse printer scanner tracker fan doorbell robot drone monitor"
-).split()
-# problem | how customers put it
-#     | what gives away the remedy that fits, a regular expression | how the desk puts the remedy
+SHOP = """phone laptop tablet camera radio speaker watch headset lamp clock scooter drill shaver
+torch keyboard mouse printer scanner tracker fan doorbell robot drone monitor""".split()
+# problem | how customers put it | what gives away the remedy that fits, a regular expression
+#     | how the desk puts the remedy | out of domain also: the things it happens to
 SHOP_PROBLEMS = table("""
 late | My _ has not arrived yet. / I am still waiting for my _. / Where is the _ that I ordered?
     | courier | ask the courier where it is / trace it with the courier / call the courier
@@ -128,8 +122,7 @@ charged twice | I was charged twice for my _. / You took too much money for my _
 forgotten password | I forgot the password of my _. / I do not know the login of my _ any more.
     / My _ asks for a code that I cannot remember.
     | reset|new password | send a reset link / reset it for you / set a new password
-locked account | I am locked out of my _. / My _ says access denied.
-    / The _ shuts me out after three tries.
+locked | I am locked out of my _. / My _ says access denied. / The _ shuts me out after three tries.
     | unlock|lift the block | unlock your account / lift the block / unlock it from here
 missing part | My _ came without its cable. / The _ has no screws in the box.
     / I cannot find the cover of my _.
@@ -149,7 +142,6 @@ no invoice | My tax office asks about the _. / There was no paper with my _.
     / My boss wants proof that I paid the _.
     | invoice|receipt | mail the invoice / print the receipt / mail a copy of the receipt
 """)
-# and, in the last column, the things it happens to
 OOD_PROBLEMS = table(r"""
 delayed | My _ is delayed. / I will miss my _. / The _ leaves too late for me. | rebook|later one
     | rebook you / put you on the later one / rebook the trip | flight / train / ferry / coach
@@ -169,11 +161,10 @@ double booking | I have booked my _ twice. / My _ is on my list two times. / I o
 SHOP_PROBLEMS = {problem: [*columns, SHOP] for problem, columns in SHOP_PROBLEMS.items()}
 PROBLEMS = SHOP_PROBLEMS | OOD_PROBLEMS
 
-SENTENCES = table("""
-customer, opening | Hello there. / Hi. / Good morning. / Good evening. / Hello again. / Excuse me.
-customer, aside | It is a gift for my sister. / I need it for work. / This is the second time.
-    / It cost a lot. / I wrote to you before. / Can you help me? / What can you do?
-    / I am quite upset.
+SAID = table("""
+hello | Hello there. / Hi. / Good morning. / Good evening. / Hello again. / Excuse me.
+more | It is a gift for my sister. / I need it for work. / This is the second time. / It cost a lot.
+    / I wrote to you before. / Can you help me? / What can you do? / I am quite upset.
 offer | I will / We will / I can
 time | today / tomorrow / by Friday / within two days / within an hour
 time without an offer | You will hear from us / We will call you
@@ -186,17 +177,14 @@ farewell | I am happy to help with anything else. / Please write again at any ti
 empty promise | This will never happen again. / Everything will be perfect. / We guarantee it.
 filler | Let me look into this for you. / Our team is on it. / I have made a note of it.
     / We read every message. / These things happen now and then.
-""")
-OPENINGS, ASIDES, STEMS, TIMES, HEAR, NAMING, GREETINGS, FAREWELLS, PROMISES, FILLERS = (
-    alternatives for (alternatives,) in SENTENCES.values()
-)
+""").values()
+HELLOS, ASIDES, STEMS, TIMES, HEAR, NAMING, GREETINGS, FAREWELLS, PROMISES, FILLERS = sum(SAID, [])
 
 # what the gold rules look for; KNOWN: what the desk says, in lower case and without a time
 COURTEOUS = r"\b(sorry|apologise|please|happy to help|appreciate|pleasure)\b|\bthank"
 PROMISED = r"never happen again|will be perfect|guarantee"
 ANY_TIME = r"\b(" + "|".join(TIMES).lower() + r")\b"
-THINGS = dict.fromkeys(thing for *_, things in PROBLEMS.values() for thing in things)
-ANY_THING = r"\b(" + "|".join(THINGS) + r")\b"
+ANY_THING = r"\b(" + "|".join({t for *_, things in PROBLEMS.values() for t in things}) + r")\b"
 KNOWN = set(sentences_of(". ".join(NAMING + GREETINGS + FAREWELLS + PROMISES + FILLERS + HEAR)))
 for _, _, says, _ in PROBLEMS.values():
     KNOWN |= {f"{stem} {remedy}".lower() for stem in STEMS for remedy in says}
@@ -204,7 +192,6 @@ for _, _, says, _ in PROBLEMS.values():
 # ------------------------------------------------------------------------------ how text is written
 # Most SFT text is neither so courteous nor so long that the gold reward turns down. There, "more is
 # better" holds, and a reward model learns that from D. PPO then leaves this range.
-
 REMEDY_MIX = {"fits": 0.40, "fits, and another": 0.10, "another": 0.30, "none": 0.20}
 COURTESY_MIX = {0: 0.35, 1: 0.35, 2: 0.22, 3: 0.06, 4: 0.02}  # how many courteous sentences
 FILLER_MIX = {0: 0.35, 1: 0.45, 2: 0.20}  # how many sentences that say nothing
@@ -217,7 +204,7 @@ def all_prompts(problems: dict) -> list[str]:
     """Every prompt there is about these problems. A customer may leave out opening and aside."""
     prompts = []
     for wordings, _, _, things in problems.values():
-        texts = itertools.product(["", *OPENINGS], wordings, things, ["", *ASIDES])
+        texts = itertools.product(["", *HELLOS], wordings, things, ["", *ASIDES])
         for opening, wording, thing, aside in texts:
             said = [opening, wording.format(thing=thing), aside]
             prompts.append("\n\nHuman: " + " ".join(filter(None, said)) + ANSWER)
@@ -262,15 +249,13 @@ DIALOGUE = (all_prompts, SHOP_PROBLEMS, OOD_PROBLEMS, write_response)  # another
 def make_world(seed: int, sizes: dict[str, int], world=DIALOGUE) -> dict[str, list[dict]]:
     """{file name: rows}, where no prompt is in two files. Raises: Mistake if prompts run out.
 
-    sizes: the number of rows of "sft", whose prompts come from both domains, and of each set of
-    prompts; names that begin with "ood" get those of the OOD domain.
+    sizes: rows of "sft", from both domains, and of each set of prompts, from OOD if named "ood...".
     """
     prompts_of, *domains, respond = world
     rng, drawn = random.Random(seed), {name: [] for name in sizes}
     ood_rows = round(OOD_SHARE * sizes["sft"])
     for ood, domain in enumerate(domains):
-        share = {"sft": 0}
-        share |= {name: size for name, size in sizes.items() if name.startswith("ood") == bool(ood)}
+        share = {"sft": 0} | {name: n for name, n in sizes.items() if name.startswith("ood") == ood}
         share["sft"] += ood_rows if ood else -ood_rows
         pool = prompts_of(domain)
         if min(sizes.values()) < 1 or sum(share.values()) > len(pool):
@@ -285,16 +270,8 @@ def make_world(seed: int, sizes: dict[str, int], world=DIALOGUE) -> dict[str, li
 
 
 # ------------------------------------------------------------------------- tokenizer and tiny model
-
-MAX_POSITIONS = 256  # of the tiny model, in tokens
-
-
 def train_tokenizer(texts: list[str]):
-    """A tokenizer in which each word of the texts is one token, and any other word its bytes.
-
-    So decode(encode(text)) == text for any text. EOS and padding are different tokens, because
-    classification heads pool at the last token that is not padding, and that has to be the EOS.
-    """
+    """A tokenizer with one token per word of the texts. It spells any other word in bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -308,10 +285,10 @@ def train_tokenizer(texts: list[str]):
     tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(turn, normalized=False) for turn in turns])
-    ends = {"eos_token": "<|eos|>", "pad_token": "<|pad|>", "model_max_length": MAX_POSITIONS}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **ends
-    )
+    # Two tokens: a classification head pools at the last token before the padding, the EOS.
+    ends = {"eos_token": "<|eos|>", "pad_token": "<|pad|>", "model_max_length": 256}
+    ends |= {"tokenizer_object": tokenizer, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(**ends)
 
 
 def make_model(tokenizer, hidden_size: int, layers: int, seed: int):
@@ -326,7 +303,7 @@ def make_model(tokenizer, hidden_size: int, layers: int, seed: int):
         intermediate_size=5 * hidden_size // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -339,10 +316,9 @@ def make_model(tokenizer, hidden_size: int, layers: int, seed: int):
 def label_pairs(samples: list[dict], noise: float, seed: int) -> tuple[list[dict], float]:
     """(preference rows, share of flipped labels) of samples [{"prompt", "responses"}].
 
-    Each prompt gives k // 2 disjoint pairs, less those of two equal responses, with labels drawn by
-    Bradley-Terry, P(a over b) = sigmoid((gold(a) - gold(b)) / noise), or by gold if noise = 0.
-    A tie in gold counts as half a flip. So the gold reward itself scores 1 - share on these labels,
-    the ceiling for a reward model. Raises: Mistake for a bad noise, and if no pair is left.
+    Each prompt gives k // 2 disjoint pairs, less those of equal responses. Labels are Bradley-Terry
+    draws, P(a over b) = sigmoid((gold(a) - gold(b)) / noise), or gold's if noise = 0. A tie is half
+    a flip: gold scores 1 - share, the ceiling for an RM. Raises: Mistake for bad noise, or no pair.
     """
     if not 0 <= noise < math.inf:
         raise Mistake(f"--noise must be a number >= 0, not {noise}")
@@ -365,23 +341,40 @@ def label_pairs(samples: list[dict], noise: float, seed: int) -> tuple[list[dict
 
 
 # ----------------------------------------------------------- reading preference files, writing rows
-def read_lines(path) -> list[tuple[int, dict]]:
-    """[(line number, row)] of a .jsonl or .jsonl.gz file. Raises: Mistake naming file and line."""
-    rows, number = [], 0
+def from_hub(path):
+    """The path of a file here. What is not under a folder here is downloaded: owner/name/file."""
+    owner, *rest = str(path).split("/", 2)
+    if len(rest) < 2 or Path(owner).exists():
+        return path
+    from huggingface_hub import hf_hub_download
+
     try:
-        raw = Path(path).read_bytes()
+        return hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset")
+    except Exception as error:  # a dozen types; to the user they all mean: not from the hub
+        raise Mistake(f"{path}: not here, and not to be had from the hub: {error!r:.80}") from error
+
+
+def read_lines(path) -> list[tuple[str, dict]]:
+    """[("FILE, line N", row)] of a .jsonl or .jsonl.gz file, here or on the hub; or Mistake."""
+    file, rows, where = Path(from_hub(path)), [], path
+    try:
+        raw = file.read_bytes()
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
         for number, line in enumerate(raw.split(b"\n"), 1):  # bytes: \u2028 does not end a line
-            if line.strip():
-                rows.append((number, json.loads(line.decode("utf-8-sig")) | {}))
-    except (OSError, EOFError, zlib.error) as error:
-        raise Mistake(f"{path}: {error}; name a whole .jsonl or .jsonl.gz file") from None
-    except (ValueError, TypeError, RecursionError) as error:  # | {} fails unless it is an object
-        why = f"give one JSON object {{...}} per line, in UTF-8 ({error})"
-        raise Mistake(f"{path}, line {number}: {why}") from None
+            where = f"{path}, line {number}"
+            if line.strip():  # | {} fails unless it is an object
+                rows.append((where, json.loads(line.decode("utf-8-sig")) | {}))
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
+        form = "a whole .jsonl or .jsonl.gz file with one JSON object per line, in UTF-8"
+        raise Mistake(f"{where}: {error}; give {form}") from None
     if not rows:
         raise Mistake(f"{path}: empty, it has no row")
     return rows
+
+
+def read_jsonl(path) -> list[dict]:
+    """The rows of a .jsonl or .jsonl.gz file (UTF-8). Raises: Mistake naming file and line."""
+    return [row for _, row in read_lines(path)]
 
 
 def checked(text, key: str, where: str) -> str:
@@ -391,15 +384,13 @@ def checked(text, key: str, where: str) -> str:
     return text
 
 
-ROLES = {"system": "System", "user": "Human", "assistant": "Assistant"}
-
-
 def turns_of(messages: list, key: str, where: str) -> list[str]:
     """TRL's messages [{"role", "content"}, ...] as turns in the form of HH-RLHF."""
+    roles = {"system": "System", "user": "Human", "assistant": "Assistant"}
     try:
-        said = [(ROLES[turn["role"]], checked(turn["content"], key, where)) for turn in messages]
+        said = [(roles[turn["role"]], checked(turn["content"], key, where)) for turn in messages]
     except (KeyError, TypeError):
-        fix = f'needs messages {{"role", "content"}} with a role of {", ".join(ROLES)}'
+        fix = f'needs messages {{"role", "content"}} with a role of {", ".join(roles)}'
         raise Mistake(f'{where}: key "{key}" {fix}') from None
     return [f"\n\n{role}: {text}" if text.strip() else f"\n\n{role}:" for role, text in said]
 
@@ -417,13 +408,11 @@ def split_row(row: dict, key: str, where: str) -> tuple[str, str]:
         # Beside a prompt "hi", "\n\nHuman: hi\n\nAssistant: a" is the whole conversation.
         whole = ANSWER in text and re.match(r"\s*(Human|System):", text)
         if "prompt" in row and (ANSWER in checked(prompt, "prompt", where) or not whole):
-            return prompt, text
-        at = max(0, text.rfind(ANSWER))
-        turns = [text[:at], text[at:]]
+            return prompt, without(prompt, text) if ANSWER in prompt else text
+        turns = re.split(f"(?={ANSWER})", text)
     asked = "".join(turns[:-1])
     if not asked or not turns[-1].startswith(ANSWER):
-        fix = 'an answer after a prompt: "\\n\\nAssistant: ..." or a message of the assistant'
-        raise Mistake(f'{where}: key "{key}" must end with {fix}')
+        raise Mistake(f'{where}: key "{key}" must end with an answer of Assistant after a prompt')
     if isinstance(prompt, str) and prompt.strip() not in asked + ANSWER:
         raise Mistake(f'{where}: key "{key}" is a conversation that does not hold the "prompt"')
     return asked + ANSWER, turns[-1].removeprefix(ANSWER)
@@ -438,15 +427,14 @@ def without(prompt: str, response: str) -> str:
 def read_preferences(path) -> list[dict]:
     r"""Preference pairs [{"prompt", "chosen", "rejected"}], all strings, of .jsonl or .jsonl.gz.
 
-    A row has these three keys as strings, or as TRL's message lists. Or "chosen" and "rejected" are
-    whole conversations: HH-RLHF transcripts, split at the last "\n\nAssistant:", or message lists.
-    Rows with two different prompts or two equal responses are dropped, and counted on stderr.
-    Raises: Mistake naming file, line and key.
+    A row has these keys as strings or TRL's message lists, or its two answers are whole
+    conversations: message lists, or HH-RLHF transcripts, cut at the last "\n\nAssistant:". Rows of
+    two prompts or equal answers are dropped, with a note on stderr. Raises: Mistake with the line.
     """
     lines, pairs = read_lines(path), []
-    for number, row in lines:
-        prompt, chosen = split_row(row, "chosen", f"{path}, line {number}")
-        other_prompt, rejected = split_row(row, "rejected", f"{path}, line {number}")
+    for where, row in lines:
+        prompt, chosen = split_row(row, "chosen", where)
+        other_prompt, rejected = split_row(row, "rejected", where)
         if prompt == other_prompt and chosen != rejected:
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if len(pairs) < len(lines):
@@ -454,19 +442,13 @@ def read_preferences(path) -> list[dict]:
         print(f"{path}: dropped {len(lines) - len(pairs)} rows {why}", file=sys.stderr)
     if not pairs:
         raise Mistake(f"{path}: no usable pair is left")
-    # Responses that repeat their prompt lose it. With free text ("Hi", "Hi there") that may be
-    # chance, so there it has to be so in the whole file.
-    cuts = [[without(pair["prompt"], pair[side]) for side in SIDES] for pair in pairs]
-    always = all(
-        pair[side] not in cut for pair, cut in zip(pairs, cuts, strict=True) for side in SIDES
-    )
-    for pair, cut in zip(pairs, cuts, strict=True):
-        if always or ANSWER in pair["prompt"]:
-            pair["chosen"], pair["rejected"] = cut
+    # Free text that repeats its prompt ("Hi", "Hi there") may do so by chance, unless all rows do.
+    texts = [(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+    if all(without(*text) != text[1] for text in texts):
+        for pair in pairs:
+            prompt, *answers = pair.values()
+            pair["chosen"], pair["rejected"] = (without(prompt, answer) for answer in answers)
     return pairs
-
-
-SIDES = ("chosen", "rejected")
 
 
 def read_meta(path) -> list[dict]:
@@ -478,54 +460,39 @@ def read_meta(path) -> list[dict]:
     lines, rows, same = read_lines(path), [], 0
     if "responses" not in lines[0][1] and "chosen" in lines[0][1]:
         rng = random.Random(0)  # which of the two comes first must not tell the label
-        sides = [
-            (pair["prompt"], [pair[side] for side in SIDES]) for pair in read_preferences(path)
-        ]
-        return [{"prompt": prompt, "responses": rng.sample(both, 2)} for prompt, both in sides]
-    for number, row in lines:
-        where, texts = f"{path}, line {number}", row.get("responses")
-        k = len(rows[0]["responses"] if rows else texts or "")
-        if not isinstance(texts, list) or len(texts) != k or k < 2:
-            fix = "must list k >= 2 texts, the same k in all rows"
-            raise Mistake(f'{where}: key "responses" {fix}')
-        same += k - len({checked(text, "responses", where) for text in texts})
+        pairs = [pair.values() for pair in read_preferences(path)]
+        return [{"prompt": prompt, "responses": rng.sample(both, 2)} for prompt, *both in pairs]
+    for where, row in lines:
+        texts = row.get("responses")
+        if not isinstance(texts, list) or not 2 <= len(texts) == len(lines[0][1]["responses"]):
+            raise Mistake(f'{where}: key "responses" needs k >= 2 texts, the same k in all rows')
+        same += len(texts) - len({checked(text, "responses", where) for text in texts})
         rows.append({"prompt": checked(row.get("prompt"), "prompt", where), "responses": texts})
     if same:
-        what = (
-            f"{same / len(rows) / k:.1%} of the responses are identical to another of their prompt"
-        )
-        print(f"{path}: warning: {what} (a higher temperature helps)", file=sys.stderr)
+        what = f"{same / len(rows) / len(texts):.1%} of the responses are identical to another"
+        print(f"{path}: warning: {what} of their prompt; sample hotter ones", file=sys.stderr)
     return rows
 
 
 def read_sft(path) -> list[dict]:
     """[{"prompt", "response"}] of such rows, or of preference pairs, whose chosen is learnt."""
-    lines, keys = read_lines(path), ("prompt", "response")
+    lines = read_lines(path)
     if "response" not in lines[0][1] and "chosen" in lines[0][1]:
         return [{"prompt": p["prompt"], "response": p["chosen"]} for p in read_preferences(path)]
-    rows = [{k: checked(row.get(k), k, f"{path}, line {n}") for k in keys} for n, row in lines]
-    for row in rows:
-        if ANSWER in row["prompt"]:
-            row["response"] = without(**row)
-    return rows
+    texts = [split_row(row, "response", where) for where, row in lines]
+    return [{"prompt": prompt, "response": response} for prompt, response in texts]
 
 
 def read_prompts(path) -> list[str]:
     """The key "prompt" of each row. Raises: Mistake naming file and line."""
-    lines = read_lines(path)
-    return [checked(row.get("prompt"), "prompt", f"{path}, line {number}") for number, row in lines]
-
-
-def read_jsonl(path) -> list[dict]:
-    """The rows of a .jsonl or .jsonl.gz file (UTF-8). Raises: Mistake naming file and line."""
-    return [row for _, row in read_lines(path)]
+    return [checked(row.get("prompt"), "prompt", where) for where, row in read_lines(path)]
 
 
 def write_text(path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = Path(f"{path}.tmp")
     partial.write_bytes(text.encode())
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def write_jsonl(path, rows) -> None:
@@ -539,28 +506,14 @@ def append_jsonl(path, row: dict) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def from_hub(path: str | None) -> str | None:
-    """The path of a file here, or of the downloaded owner/name/file of a dataset on the hub."""
-    if not path or Path(path).exists() or path.count("/") < 2 or path[0] in "./~":
-        return path
-    from huggingface_hub import hf_hub_download
-
-    owner, name, file = path.split("/", 2)
-    try:
-        return hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")
-    except Exception as error:  # a dozen types; to the user they all mean: not from the hub
-        raise Mistake(f"{path}: not here, and not to be had from the hub: {error!r:.80}") from error
-
-
 # ------------------------------------------------------------------------------ folders and options
 @contextlib.contextmanager
 def output_folder(out):
     """A context with a folder to write to, out.partial, which becomes `out` at its end.
 
-    What a killed or failed run left in out.partial stays there. Raises: Mistake if `out` exists
-    (an empty folder does not count) or cannot be written.
+    What a failed run left there stays. Raises: Mistake if `out` is not empty or cannot be written.
     """
-    whole = Path(os.path.abspath(out))
+    whole = Path(out).resolve()
     work = whole.with_name(whole.name + ".partial")
     try:
         if whole.is_file() or whole.is_dir() and any(whole.iterdir()):
@@ -570,13 +523,12 @@ def output_folder(out):
         raise Mistake(f"{out} cannot be written ({error.strerror}); name another --out") from None
     try:
         yield work
-    except BaseException:
+        for left in [*work.glob("checkpoint.pt"), *work.glob("*.tmp")]:  # a kill may leave a .tmp
+            left.unlink()
+        work.replace(whole)
+    finally:
         with contextlib.suppress(OSError):
             work.rmdir()  # removes an empty folder only
-        raise
-    for left in [*work.glob("checkpoint.pt"), *work.glob("*.tmp")]:  # a kill may leave a .tmp
-        left.unlink()
-    os.replace(work, whole)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -600,10 +552,22 @@ def modes(parser: argparse.ArgumentParser, names: str):
     return add
 
 
+# All other numbers of all commands must be above 0.
+MAY_BE_0 = "seed eta noise tie max_length valid_share kl_coef gamma lam scale_prompts".split()
+MAY_BE_0 += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
+
+
 def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None) -> int:
     """The exit status of run(args). A Mistake is one line on stderr and status 2."""
+    start = time.monotonic()
     try:
-        run(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        for name, value in vars(args).items():
+            if type(value) not in (int, float):
+                continue
+            if not (0 < value < math.inf or value >= 0 and name in MAY_BE_0):
+                raise Mistake(f"--{name} {value}: it must be a finite number above 0")
+        run(args)
     except Mistake as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -612,14 +576,20 @@ def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None)
         return 130
     except SystemExit as leave:  # argparse: --help, or an option that it refuses
         return leave.code or 0
+    # What it took: seconds, and the peak of the process's memory (and of the GPU's).
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    taken = f"{time.monotonic() - start:.0f} s, {memory / 1e9:.1f} GB"
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        taken += f", GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    print(f"{parser.prog}: {taken}", file=sys.stderr)
     return 0
 
 
 # ------------------------------------------------------------------------------------- the commands
 def toy(args, work: Path) -> None:
     """Writes the toy world, its tokenizer and its untrained model."""
-    if args.hidden_size < 8 or args.hidden_size % 8 or args.layers < 1:
-        raise Mistake("--layers must be at least 1, --hidden_size a multiple of 8 (even heads)")
     sizes = {name: getattr(args, name) for name in ("sft", "pairs", "meta", "ppo", "valid", "test")}
     sizes |= {"ood": args.test, "ood-meta": args.meta, "ood-ppo": args.ood_ppo}
     world = make_world(args.seed, sizes)
@@ -627,10 +597,7 @@ def toy(args, work: Path) -> None:
         write_jsonl(work / f"{name}.jsonl", rows)
     tokenizer = train_tokenizer(["".join(row.values()) for rows in world.values() for row in rows])
     tokenizer.save_pretrained(work / "model")
-    model = make_model(tokenizer, args.hidden_size, args.layers, args.seed)
-    model.save_pretrained(work / "model")
-    gold = sum(gold_reward(**row) for row in world["sft"]) / len(world["sft"])
-    print(f"data.py: {args.out}: {len(world['sft'])} rows of SFT text, gold reward {gold:.2f}")
+    make_model(tokenizer, hidden_size=64, layers=2, seed=args.seed).save_pretrained(work / "model")
 
 
 def label(args, work: Path) -> None:
@@ -645,28 +612,20 @@ def label(args, work: Path) -> None:
 
 
 def split(args, work: Path) -> None:
-    """Writes real preferences as the parts that a run needs, split by prompt.
-
-    A quarter of the prompts goes to the judge, a reward model that no arm sees, a quarter to S and
-    PPO, --valid_share is held out. The rest is D, and SFT learns its chosen responses.
-    """
+    """Writes real preferences as the parts that a run needs, split by prompt."""
     by_prompt: dict[str, list[dict]] = {}
     for pair in read_preferences(args.source):
         by_prompt.setdefault(pair["prompt"], []).append(pair)
     prompts = sorted(by_prompt)
     random.Random(args.seed).shuffle(prompts)
     quarter, held = len(prompts) // 4, math.ceil(args.valid_share * len(prompts))
+    # The judge is an RM that no arm sees. loop is for S and PPO, rest for D; SFT learns D's chosen.
     judge, loop, rest = prompts[:quarter], prompts[quarter : 2 * quarter], prompts[2 * quarter :]
     parts = {"judge": judge, "valid": rest[:held], "train": rest[held:]}
     if not (loop and all(parts.values())):
         raise Mistake(f"{args.source}: {len(prompts)} prompts are too few to split")
-    for name, part in parts.items():
-        pairs = [pair for prompt in part for pair in by_prompt[prompt]]
-        write_jsonl(work / f"{name}.jsonl", pairs)
-    sft = [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in pairs]  # of "train"
-    write_jsonl(work / "sft.jsonl", sft)
     third = max(1, len(loop) // 3)
-    sets = {"meta": loop[:third], "ppo": loop[third:], "test": rest[:held][: args.test]}
+    sets = {"meta": loop[:third], "ppo": loop[third:], "test": parts["valid"][: args.test]}
     if args.ood:
         pairs = "chosen" in read_jsonl(args.ood)[0] and read_preferences(args.ood)
         other = [pair["prompt"] for pair in pairs] if pairs else read_prompts(args.ood)
@@ -677,6 +636,9 @@ def split(args, work: Path) -> None:
         cut = min(args.test, len(other) // 4)
         third = cut + (len(other) - cut) // 3
         sets |= {"ood": other[:cut], "ood-meta": other[cut:third], "ood-ppo": other[third:]}
+    for name, part in parts.items():
+        write_jsonl(work / f"{name}.jsonl", [pair for prompt in part for pair in by_prompt[prompt]])
+    write_jsonl(work / "sft.jsonl", read_sft(work / "train.jsonl"))
     for name, some in sets.items():
         write_jsonl(work / f"prompts-{name}.jsonl", [{"prompt": prompt} for prompt in some])
     print(f"data.py: {args.out}:", {name: len(some) for name, some in (parts | sets).items()})
@@ -687,26 +649,19 @@ def main(argv: list[str] | None = None) -> int:
     add = modes(parser, "toy label split")
     add("toy label split", "--out", required=True, help="folder to write")
     add("toy label split", "--seed", type=int, default=0, help="of everything that is drawn")
-    add("toy", "--sft", type=int, default=8000, help="rows of SFT text")
-    add("toy", "--pairs", type=int, default=6000, help="prompts for D")
-    add("toy", "--meta", type=int, default=256, help="prompts for S, and as many OOD ones")
-    add("toy", "--ppo", type=int, default=1024, help="prompts for PPO")
-    add("toy", "--ood_ppo", type=int, default=256, help="OOD prompts for PPO")
-    add("toy", "--valid", type=int, default=128, help="prompts for validation")
-    add("toy split", "--test", type=int, default=128, help="prompts for the test, and as many OOD")
-    add("toy", "--hidden_size", type=int, default=64, help="width of the tiny model")
-    add("toy", "--layers", type=int, default=2, help="layers of the tiny model")
+    sizes = {"sft": 8000, "pairs": 6000, "meta": 256, "ppo": 1024, "ood_ppo": 256, "valid": 128}
+    for name, rows in sizes.items():
+        add("toy", f"--{name}", type=int, default=rows, help="rows of the file of this name")
+    add("toy split", "--test", type=int, default=128, help="prompts for the test")
     add("label", "--samples", required=True, help="samples.jsonl of a policy")
     add("label", "--noise", type=float, default=1.0, help="Bradley-Terry temperature, gold points")
     add("label split", "--valid_share", type=float, default=0.1, help="share of prompts held out")
-    add("split", "--source", required=True, help="preference rows: a file, here or on the hub")
+    add("split", "--source", required=True, help="file of preference rows")
     add("split", "--ood", help="rows of another domain, for prompts-ood*.jsonl")
 
     def run(args) -> None:
         if not 0 <= getattr(args, "valid_share", 0) < 1:
             raise Mistake(f"--valid_share must be in [0, 1), not {args.valid_share}")
-        if args.mode == "split":
-            args.source, args.ood = from_hub(args.source), from_hub(args.ood)
         with output_folder(args.out) as work:
             {"toy": toy, "label": label, "split": split}[args.mode](args, work)
 

@@ -2,22 +2,22 @@ r"""MetaRM: a reward model, trained on OLD preferences, that still tells NEW res
 
 Concept: PPO moves the policy away from the responses that the reward model r_theta was trained on,
 and r_theta separates the new ones less and less. MetaRM has two sets: D, the old preference pairs,
-and S, k unlabelled responses of the current policy to each of some prompts. Each step first moves
+and S, k unlabelled responses of the current policy for each prompt. Each step first moves
 temporarily to parameters theta' that separate S better, computes D's gradient there, and applies
 it at theta. Dou et al., "MetaRM" (arXiv 2405.00438; AAAI 2025, whose equation numbers these are):
 
     Algorithm 1.  for t = 0 .. T-1:
-        sample X_t, n pairs of D, and X_s, m prompts of S             train
+        sample X_t, n pairs of D, and X_s, m prompts of S              train (by rm.fit)
         J       = difference loss of r_theta on X_s           Eq. 2    difference_loss
         theta'  = theta + eta * grad J(theta)   (an ASCENT)   Eq. 3    meta_gradient, climb
         g       = gradient of L (Eq. 1) on X_t, at theta'     Eq. 4    meta_gradient
         theta  <- theta - alpha * g             (from theta)  Eq. 5    metarm_step
 
-In a training loop of your own, which needs this file and torch (and model.eval(): with dropout, J
-would climb the noise between two random masks):
+alpha is the optimizer's learning rate. As a library, this file needs only torch:
 
-    def L(forward): return preference_loss(forward(chosen), forward(rejected))
+    def L(forward): return -logsigmoid(forward(chosen) - forward(rejected)).mean()
     def J(forward): return metarm.difference_loss(forward(samples).view(m, k))
+    model.eval()  # no dropout: J would climb the noise between two random masks
     metarm.metarm_step(model, optimizer, L, J, eta=0.1, normalize=True)
 
     python metarm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl \
@@ -31,6 +31,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -90,8 +91,8 @@ def meta_gradient(
     The gradient has a tensor for every trainable parameter. Figures: `difference` J(theta),
     `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`, and `moved`, the share
     of weights that Eq. 3 changed at all (bf16 rounds small changes away).
-    Raises: ValueError on bad arguments, and on models that must not be entered this way (DDP,
-        FSDP2, gradient checkpointing: use `lookahead`); NotFinite, a ValueError, on NaN, infinity.
+    Raises: ValueError on bad arguments, and on models that cannot be called at other parameters
+        (DDP, FSDP2, gradient checkpointing: use `lookahead`); NotFinite on NaN and infinity.
     """
     if order not in ("first", "exact"):
         raise ValueError(f"order must be 'first' or 'exact', got {order!r}")
@@ -111,13 +112,14 @@ def meta_gradient(
     theta_prime = climb(theta, grad_J, scale)
     del grad_J  # at first order nobody needs it any more, and L needs memory
 
-    # L on X_t and its gradient, at theta' and with respect to theta' (Eq. 4).
+    # L on X_t at theta', and its gradient (Eq. 4). detach: it is taken with respect to theta'.
     leaves = {name: p.detach().requires_grad_() for name, p in theta_prime.items()}
     L, grads = value_and_gradient(vanilla_loss, forward_at(leaves), leaves)
 
-    # THE line between the two orders. First order is done: it takes theta' as if it did not depend
-    # on theta. But it does. By the chain rule, dL(theta')/dtheta = (dtheta'/dtheta)^T grads: one
-    # vector-Jacobian product through Eq. 3, and so through grad J: (I + eta * Hessian of J) grads.
+    # THE line between the two orders. First order stops here: grads is dL/dtheta'. But theta'
+    # depends on theta. By the chain rule dL/dtheta = (dtheta'/dtheta)^T dL/dtheta', one
+    # vector-Jacobian product through Eq. 3, whose graph create_graph kept above. Without normalize
+    # it comes to (I + eta * Hessian of J) grads; with it, 1/|grad J| is differentiated, too.
     if exact:
         inputs, outputs = list(theta.values()), list(theta_prime.values())
         with sdpa_kernel(SDPBackend.MATH):
@@ -140,7 +142,7 @@ def metarm_step(
     normalize: bool = False,
     max_grad_norm: float | None = None,
 ) -> dict[str, float]:
-    """Takes one turn of Algorithm 1; returns `meta_gradient`'s figures, leaves every .grad None.
+    """Takes one step of Algorithm 1; returns `meta_gradient`'s figures, leaves every .grad None.
 
     Arguments and errors as in `meta_gradient`; on an error no step has been taken.
     max_grad_norm: a longer gradient is scaled down to it.
@@ -184,7 +186,7 @@ def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[No
         raise ValueError("lookahead: no parameter has a gradient; back-propagate J before it")
     if normalize and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError("lookahead: FSDP1 does not know |grad J|; use FSDP2, or normalize=False")
-    theta = [p.detach().clone() for p in parameters]  # subtracting the step again would round
+    theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step would round
     scale, norm = step_scale(grads, eta, normalize)
     del grads  # L needs the memory
     # If grad J has overflowed, make all of theta' NaN, and so grad L: GradScaler then skips the
@@ -196,7 +198,8 @@ def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[No
                 if p.grad is not None:
                     p.copy_(plus(p, scale, p.grad))  # Eq. 3
                 p.grad = None
-        torch.clear_autocast_cache()  # else L would run on the cached bf16 copies of theta
+        # Autocast caches bf16 copies of the weights. Clear them, or L would be computed at theta.
+        torch.clear_autocast_cache()
         yield  # Eq. 4
     finally:
         reshard(model)
@@ -213,8 +216,8 @@ def adapted_parameters(
 ) -> Parameters:
     """Returns theta' of Eq. 3, {name: tensor}; the model stays untouched.
 
-    Algorithm 1 keeps theta and throws theta' away. But L was minimised at theta', so measure it
-    with `model.load_state_dict(adapted, strict=False)`. Raises: as `meta_gradient`.
+    Algorithm 1 keeps theta, but it is at theta' that L was minimised. To measure theta', load it:
+    `model.load_state_dict(adapted, strict=False)`. Raises: as `meta_gradient`.
     """
     grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)  # at eta = 0, theta' is theta
     scale, _ = step_scale(grad_J.values(), eta, normalize)
@@ -226,12 +229,13 @@ def diagnostics(
 ) -> dict[str, float]:
     """Returns Eqs. 6 to 8 in numbers: L(theta') = L(theta) + eta * grad L . grad J + o(eta).
 
-    `vanilla_loss` L(theta); `first_order_gain` eta * grad L . grad J, to hold against
+    `vanilla_loss` L(theta); `first_order_gain` (theta' - theta) . grad L, to compare with
     L(theta') - L(theta); `difference_adapted` J(theta'); `cosine` of grad L and grad J: above 0,
     climbing J raises L, so the two aims conflict on these batches. Costs about three steps.
     Arguments and errors as in `meta_gradient`. Source: paper, Eqs. 6 to 8.
     """
-    grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)  # at eta = 0, theta' is theta
+    # At eta = 0, theta' is theta. J in L's place gives grad J at theta and, last, J at theta'.
+    grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)
     grad_L, at_theta = meta_gradient(model, vanilla_loss, meta_loss, eta=0.0)
     _, at_theta_prime = meta_gradient(model, meta_loss, meta_loss, eta, normalize=normalize)
     scale, norm = step_scale(grad_J.values(), eta, normalize)
@@ -244,13 +248,15 @@ def diagnostics(
     }
 
 
-# ------------------------------------------------------------------------------------- its helpers
+# ---------------------------------------------------------------------- helpers of Algorithm 1
 def trainable(model) -> Parameters:
     """Returns theta: leaves that share the trainable parameters' memory, but not their .grad."""
     ddp = torch.nn.parallel.DistributedDataParallel
     sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
     if sharded or any(isinstance(module, ddp) for module in model.modules()):
         raise ValueError("a DDP or FSDP2 model has one set of parameters; use metarm.lookahead")
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
+        raise ValueError("hooks on parameters would not see this gradient; use metarm.lookahead")
     theta = {n: p.detach().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
     if not theta:
         raise ValueError("the model has no trainable parameters: requires_grad is False for all")
@@ -260,8 +266,8 @@ def trainable(model) -> Parameters:
 def everywhere(model, parameters: Parameters) -> Parameters:
     """Returns the parameters under every place where the model holds them, {place: tensor}.
 
-    A tied weight stands in two modules, and a module may have two names. functional_call's own way
-    of finding tied weights leaves theta' in place of theta in a module with two names.
+    A tied weight stands in two modules, and a module may have two names. functional_call would find
+    tied weights by itself, but it would leave theta' in a module that has two names.
     """
     at, name_of = {}, {id(p): name for name, p in model.named_parameters()}
     for prefix, module in model.named_modules():  # each module once, under its first name
@@ -281,8 +287,11 @@ def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_g
                 value = loss(forward) / len(losses)
         except RuntimeError as error:
             raise (ValueError(error) if NO_CHECKPOINTING in str(error) else error) from None
-        if "CheckpointFunctionBackward" in names_of_graph(value):  # the older, "reentrant" kind
-            raise ValueError(NO_CHECKPOINTING)
+        for node in nodes_of_graph(value):
+            if node.name() == "CheckpointFunctionBackward":  # the older, "reentrant" kind
+                raise ValueError(NO_CHECKPOINTING)
+            if isinstance(getattr(node, "variable", None), torch.nn.Parameter):  # not one of leaves
+                raise ValueError("a loss uses parameters of a model itself: call `forward` only")
         total = total + value.detach()
         if value.requires_grad and not create_graph:
             value.backward(inputs=leaves)  # adds up in the .grad of these leaves, in place
@@ -307,15 +316,15 @@ NO_CHECKPOINTING = (
 )
 
 
-def names_of_graph(value: Tensor) -> set[str]:
-    """Returns the names of the nodes in a value's autograd graph."""
+def nodes_of_graph(value: Tensor) -> set:
+    """Returns the nodes of a value's autograd graph."""
     seen, todo = set(), [value.grad_fn]
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
             todo += [function for function, _ in node.next_functions]
-    return {node.name() for node in seen}
+    return seen
 
 
 def step_scale(grads, eta: float, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -327,11 +336,12 @@ def step_scale(grads, eta: float, normalize: bool) -> tuple[Tensor, Tensor]:
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number >= 0, got {eta}")
     norm = global_norm(grads)
-    return eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta), norm
+    scale = eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta)
+    return scale, norm
 
 
 def plus(a: Tensor, scale: Tensor, b: Tensor) -> Tensor:
-    """Returns a + scale * b, in float32 at least and rounded once: fp16 could not hold 1e5."""
+    """Returns a + scale * b, in float32 at least: eta/|grad J| can be 1e5, too much for fp16."""
     return (a + scale.to(a.device) * b.to(scale.dtype)).to(a.dtype)
 
 
@@ -374,6 +384,9 @@ def train(args) -> None:
     import data
     import rm
 
+    out, adapted = Path(args.out).resolve(), Path(args.save_adapted).resolve()
+    if args.save_adapted and (out in (adapted, *adapted.parents) or adapted in out.parents):
+        raise data.Mistake(f"--save_adapted {args.save_adapted}: name a folder outside --out")
     pairs, samples = data.read_preferences(args.data), data.read_meta(args.meta)
     adapted = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
     with data.output_folder(args.out) as work, adapted as adapted_work:
@@ -393,8 +406,8 @@ def train(args) -> None:
         eta, weights = args.eta, sum(p.numel() for p in model.parameters() if p.requires_grad)
         if eta is None:
             eta = args.lr * math.sqrt(weights) if args.normalize else args.lr
-        if not eta >= 0:
-            raise data.Mistake(f"--eta {eta}: the ascent needs a length of 0 or more")
+        if not 0 <= eta < math.inf:
+            raise data.Mistake(f"--eta {eta}: the ascent needs a finite length of 0 or more")
         climbing = {"eta": eta, "normalize": args.normalize}
 
         def J(forward, groups):  # Eq. 2 on prompts of S
@@ -406,23 +419,23 @@ def train(args) -> None:
             with rm.autocast(model.device):
                 return rm.pair_loss(forward, model, tokenizer, groups)
 
-        def step(optimizer, batch_of_D, number):  # one turn of Algorithm 1
-            X_t = micro_batches(L, batch_of_D, args.micro_batch_size)
-            X_s = [S[i] for i in batches_of_S[number]]
-            X_s = micro_batches(J, X_s, args.micro_batch_size)
+        def step(optimizer, batch_of_D, number):  # one step of Algorithm 1
+            X_t, X_s = batch_of_D, [S[i] for i in batches_of_S[number]]
+            L_parts = micro_batches(L, X_t, args.micro_batch_size)
+            J_parts = micro_batches(J, X_s, args.micro_batch_size)
             info, how = {}, climbing | {"order": args.order, "max_grad_norm": args.max_grad_norm}
             try:
                 if number % args.log_every == 0:
-                    info = diagnostics(model, X_t, X_s, **climbing)
-                return info | metarm_step(model, optimizer, X_t, X_s, **how)
+                    info = diagnostics(model, L_parts, J_parts, **climbing)
+                return info | metarm_step(model, optimizer, L_parts, J_parts, **how)
             except NotFinite as error:
                 raise data.Mistake(f"--out {args.out}, step {number}: {error}") from None
 
         log = rm.fit(args, work, model, D, step, look)
         rm.save_model(model, tokenizer, work)
-        if args.save_adapted:  # one climb from the trained theta
-            X_s = micro_batches(J, [S[i] for i in batches_of_S[0]], args.micro_batch_size)
-            model.load_state_dict(adapted_parameters(model, X_s, **climbing), strict=False)
+        if args.save_adapted:  # one climb from the trained theta, on one batch of S as in training
+            J_parts = micro_batches(J, [S[i] for i in batches_of_S[0]], args.micro_batch_size)
+            model.load_state_dict(adapted_parameters(model, J_parts, **climbing), strict=False)
             rm.save_model(model, tokenizer, adapted_work)
     print(f"{args.out}: {len(D)} pairs, {len(S)} prompts of S; at the end {log[-1]}")
 
@@ -435,13 +448,15 @@ def main(argv: list[str] | None = None) -> int:
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     rm.training_options(parser)
     add("--meta", required=True, help="meta set S, .jsonl: a prompt and k responses per row")
-    add(
-        "--eta", type=float, help="length of the ascent, Eq. 3; default: lr * sqrt(trained weights)"
-    )
+    add("--eta", type=float, help="of Eq. 3; default: as long as a step of AdamW at --lr")
     add("--normalize", action=flag, default=True, help="ascend by eta * grad J / |grad J|")
     add("--order", choices=["first", "exact"], default="first", help="exact takes twice as long")
     add("--meta_batch_size", type=int, default=16, help="m: prompts of S per step")
-    add("--save_adapted", default="", help="folder to write theta' of the trained model to")
+    add(
+        "--save_adapted",
+        default="",
+        help="folder for theta' of the trained model, on one batch of S",
+    )
     return data.command(parser, train, argv)
 
 

@@ -1,9 +1,8 @@
 r"""The policy: SFT, DPO, PPO and sampling.
 
-Concept: iterative RLHF. A policy fine-tuned on demonstrations (SFT) is moved by PPO towards what a
-reward model (RM) likes, and held back by a KL penalty to where it started (`ref_policy`). MetaRM
-changes the RM between two such rounds. It does not change PPO: this file knows nothing of it. What
-PPO needs to work in practice is named where it happens: [per-token KL] [reward scaling]
+Concept: iterative RLHF. PPO moves a policy towards what a reward model (RM) likes, and a KL penalty
+holds it back to where it started, SFT. MetaRM changes the RM between two such rounds, and nothing
+in this file. What PPO needs in practice is named where it happens: [per-token KL] [reward scaling]
 [missing-EOS penalty] [advantage whitening] [value head] [clipping] [epochs] [float32 logits].
 
     python ppo.py sft --model runs/toy/data/model --data runs/toy/data/sft.jsonl --out runs/toy/sft
@@ -12,24 +11,22 @@ PPO needs to work in practice is named where it happens: [per-token KL] [reward 
         --prompts runs/toy/data/prompts-ppo.jsonl --out runs/toy/ppo-1/policy
     python ppo.py sample --model runs/toy/sft --prompts runs/toy/data/prompts-meta.jsonl --out S
 
-The first three write a model folder and `log.jsonl`; ppo also `rollouts.jsonl`: what was said in
-each step, and how it was scored. `sample` writes `samples.jsonl`, the meta set S.
+They write a model folder and `log.jsonl`, ppo `rollouts.jsonl` too; sample writes `samples.jsonl`.
 
-Shapes: b responses, t response tokens. Tensors (b, t) hold RESPONSE tokens only; their `mask` is 1
-up to and including the EOS. Log-probabilities are in nats. A row is (prompt_ids, response_ids).
+Shapes: b responses of t tokens; `mask` (b, t) is 1 up to and including the EOS. Logs are in nats.
 """
 
+import copy
 import inspect
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import data
 import rm
@@ -53,8 +50,7 @@ def kl_penalised_rewards(
     # [per-token KL] Summed over a response, this is an unbiased estimate of the KL divergence.
     rewards = torch.where(mask.bool(), -kl_coef * (logprobs - ref_logprobs), 0.0)
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
-    alive = mask.sum(dim=1) > 0  # a row without a single token has nowhere to put its score
-    return rewards + F.one_hot(last, mask.shape[1]) * (scores * alive)[:, None].to(rewards.dtype)
+    return rewards + F.one_hot(last, mask.shape[1]) * mask * scores[:, None].to(rewards.dtype)
 
 
 def gae(
@@ -69,15 +65,14 @@ def gae(
     check_shapes(mask, rewards, values)
     # Behind the EOS, V and A count as 0: what the value head says about padding must not leak in.
     values = torch.where(mask.bool(), values, 0.0)
-    rewards = torch.where(mask.bool(), rewards, 0.0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(mask.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_advantage = torch.where(mask[:, t].bool(), delta + gamma * lam * next_advantage, 0.0)
         next_value = values[:, t]
         advantages[:, t] = next_advantage
-    return advantages, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -136,7 +131,7 @@ def dpo_loss(
 def check_shapes(*tensors: Tensor) -> None:
     shapes = [tuple(x.shape) for x in tensors]
     if len(shapes[0]) != 2 or len(set(shapes)) > 1:
-        raise ValueError(f"tensors of one shape (in their docstring) are needed; got {shapes}")
+        raise ValueError(f"tensors of one shape (b, t) are needed; got {shapes}")
 
 
 # ------------------------------------------------ how likely a response is, and what a policy says
@@ -152,27 +147,23 @@ def load_policy(path: str, vocabulary: dict | None = None):
         raise data.Mistake(f"{path}: {name} is missing; give a causal language model")
     if vocabulary not in (None, tokenizer.get_vocab()):
         raise data.Mistake(f"{path} has another vocabulary; give what --model was trained from")
-    # [float32 logits] In bf16, logits near 20 come in steps of 0.125, and PPO exponentiates
-    # differences of log-probabilities. So the last layer is kept in float32, as the reward head is.
+    # [float32 logits] Near 20, bf16 goes in steps of 0.125, and PPO exponentiates differences.
     if type(model.get_output_embeddings()) is torch.nn.Linear:
         model.get_output_embeddings().__class__ = rm.Float32Head
 
     def logprobs_of(groups):
-        rows = [row for group in groups for row in group]
-        return response_logprobs(model, collate(tokenizer, rows, model.device)).sum(dim=1)
+        batch = collate(tokenizer, sum(groups, []), model.device)
+        return response_logprobs(model, batch).sum(dim=1)
 
     rm.try_out(model, tokenizer, path, logprobs_of)
-    ids = torch.tensor([sum(rm.encode(tokenizer, "Hello", " there"), [])], device=model.device)
     with torch.no_grad():
-        whole, cut = model(ids).logits[:, 0], model(ids[:, :1]).logits[:, 0]
-    if not torch.allclose(whole, cut, rtol=1e-3, atol=1e-4):
+        one, other = model(torch.tensor([[0, 1], [0, 2]], device=model.device)).logits[:, 0]
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
         raise data.Mistake(f"{path}: sees the tokens to come, as encoders do; a policy must not")
     # The model's generation settings are saved with it. A plain `generate` has to stop at our EOS.
     settings, ends = model.generation_config, end_ids(model, tokenizer)
-    own = settings.eos_token_id
-    if ends[0] not in (own if isinstance(own, list) else [own]):
-        settings.eos_token_id = ends
-        settings.validate(strict=True)  # what transformers will not save, it refuses here
+    settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    settings.validate(strict=True)  # what transformers will not save, it refuses here
     return model, tokenizer
 
 
@@ -185,13 +176,13 @@ def collate(tokenizer, rows: list[rm.Row], device="cpu") -> dict[str, Tensor]:
     Shapes: input_ids, attention_mask, position_ids (b, p + t); mask (b, t).
     """
     pad_id = rm.end_id(tokenizer)  # any will do: the attention mask hides it
-    prompts = rm.pad([prompt_ids for prompt_ids, _ in rows], pad_id, left=True)
-    responses = rm.pad([response_ids for _, response_ids in rows], pad_id)
+    prompts = rm.pad([prompt_ids for prompt_ids, _ in rows], pad_id, device, left=True)
+    responses = rm.pad([response_ids for _, response_ids in rows], pad_id, device)
     batch = {name: torch.cat([prompts[name], responses[name]], dim=1) for name in prompts}
     # Positions count real tokens only: a left-padded row would else be read at shifted positions.
     batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     batch["mask"] = responses["attention_mask"]
-    return {name: x.to(device) for name, x in batch.items()}
+    return batch
 
 
 def states_of(model, batch: dict, name: str) -> Tensor:
@@ -215,9 +206,8 @@ def states_of(model, batch: dict, name: str) -> Tensor:
 def response_logprobs(model, batch: dict, temperature: float = 1.0) -> Tensor:
     """Returns log pi(y_t | x, y_<t) of each response token: (b, t), 0 off the mask.
 
-    The logits are divided by the temperature that the responses were sampled with, for policy, old
-    policy and reference alike: PPO's ratio is one of probabilities UNDER THE SAMPLER. (So rollouts
-    use no top-p and no repetition penalty: the update may need tokens that these would rule out.)
+    Logits are divided by the temperature of sampling: PPO's ratio is one of probabilities UNDER THE
+    SAMPLER. So rollouts use no top-p and no repetition penalty, which would rule out tokens.
     """
     logits = states_of(model, batch, "logits").float() / temperature
     targets = batch["input_ids"][:, -logits.shape[1] :]
@@ -227,11 +217,9 @@ def response_logprobs(model, batch: dict, temperature: float = 1.0) -> Tensor:
 
 def end_ids(model, tokenizer) -> list[int]:
     """Returns all ids that end a response: our EOS first, then the model's own (chat models)."""
-    ends = [rm.end_id(tokenizer)]
-    for config in (model.generation_config, model.config, model.config.get_text_config()):
-        own = getattr(config, "eos_token_id", None)
-        ends += own if isinstance(own, list) else [own]
-    return [end for end in dict.fromkeys(ends) if end is not None]
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return [end for end in dict.fromkeys([rm.end_id(tokenizer), *own]) if end is not None]
 
 
 @torch.no_grad()
@@ -245,16 +233,10 @@ def generate(
     settings |= {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
     settings |= {"eos_token_id": ends, "pad_token_id": ends[0]}
     with rm.autocast(model.device):
-        logits = model(torch.tensor(prompt_ids[:1], device=model.device)).logits[:, -1].float()
-        if (logits / temperature).softmax(-1).isnan().any():  # a GPU would die of drawing from them
-            raise data.Mistake("NaN probabilities: diverged (lower --lr), or --temperature too low")
-        # Whatever we do not set, transformers takes from the settings that the model came with
-        # (suppressed tokens, a minimal length ...), so these are put away meanwhile.
+        # What we do not set, transformers would take from the model's own settings: put them away.
         own, model.generation_config = model.generation_config, GenerationConfig(**settings)
-        try:
-            out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"])
-        finally:
-            model.generation_config = own
+        out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"])
+        model.generation_config = own
     rows = out[:, batch["input_ids"].shape[1] :].tolist()
     stops = [[i + 1 for i, token in enumerate(row) if token in ends] for row in rows]
     return [row[: min(stop, default=None)] for row, stop in zip(rows, stops, strict=True)]
@@ -262,23 +244,21 @@ def generate(
 
 def response_texts(model, tokenizer, prompt_ids, response_ids) -> list[str]:
     """Returns responses (lists of ids) as texts, without their ends."""
-    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    # Responses are encoded apart from their prompts, so they are decoded apart. But some tokenizers
-    # (Llama 2's) strip the first space of a text: there, a response is what follows its prompt.
-    apart = decode(tokenizer(" a", add_special_tokens=False).input_ids).startswith(" ")
+    clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    # Some tokenizers (Llama 2's) decode " a" to "a": there, a response is what follows its prompt.
+    apart = tokenizer.decode(tokenizer(" a", add_special_tokens=False).input_ids, **clean) == " a"
     ends, texts = end_ids(model, tokenizer), []
     for prompt, response in zip(prompt_ids, response_ids, strict=True):
         before = [] if apart else prompt
-        said = response[:-1] if set(response[-1:]) & set(ends) else response
-        texts.append(decode(before + said)[len(decode(before)) :])
+        said = before + [token for token in response if token not in ends]
+        texts.append(tokenizer.decode(said, **clean)[len(tokenizer.decode(before, **clean)) :])
     return texts
 
 
 def encode_prompts(readers, prompts: list[str], max_new_tokens: int, source: str, max_length=0):
     """Returns [(prompt, its ids)], none of which can become too long for a reader.
 
-    readers: (model, tokenizer) of all that will read prompt and response, the policy first. With
-    max_length > 0, what could be longer is dropped. Raises: Mistake naming the row of `source`.
+    readers: [(model, tokenizer)], the policy first. Raises: Mistake naming the row of `source`.
     """
     limits, kept = [rm.positions(model) for model, _ in readers], []
     new = max_new_tokens + 1  # a response that was cut off gets an EOS when it is read as a text
@@ -288,11 +268,10 @@ def encode_prompts(readers, prompts: list[str], max_new_tokens: int, source: str
             raise data.Mistake(f"{source}, row {number}: the prompt is empty; drop the row")
         if max_length and max(map(len, rows)) + new > max_length:
             continue
-        for (model, _), row, limit in zip(readers, rows, limits, strict=True):
+        for row, limit in zip(rows, limits, strict=True):
             if len(row) + new > limit:
-                why = f"{len(row)} + --max_new_tokens + EOS > {limit}, {model.name_or_path}'s"
-                fix = f"shorten it, or drop such rows with --max_length {min(limits)}"
-                raise data.Mistake(f"{source}, row {number}: {why} positions; {fix}")
+                why = f"{len(row)} + --max_new_tokens + EOS > {limit} positions"
+                raise data.Mistake(f"{source}, row {number}: {why}; try --max_length {min(limits)}")
         kept.append((prompt, rows[0]))
     if max_length:
         print(f"{source}: {len(kept)} of {len(prompts)} prompts fit --max_length", file=sys.stderr)
@@ -317,33 +296,27 @@ def sample_responses(
         raise data.Mistake(f"{source}: --k {k} x {len(prompts)} prompts are no responses; raise it")
     torch.manual_seed(seed)
     how = (max_new_tokens, temperature, top_p, repetition_penalty)
-    items = encode_prompts([(model, tokenizer)], prompts, max_new_tokens, source)
-    ids = [prompt_ids for _, prompt_ids in items for _ in range(k)]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # like lengths side by side
+    ids = [row for _, row in encode_prompts([(model, tokenizer)], prompts, max_new_tokens, source)]
+    order = sorted(range(k * len(ids)), key=lambda i: -len(ids[i // k]))  # like lengths together
     texts = {}
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        rows = [ids[i] for i in chunk]
+        rows = [ids[i // k] for i in chunk]
         responses = generate(model, tokenizer, rows, *how)
         texts |= zip(chunk, response_texts(model, tokenizer, rows, responses), strict=True)
-    return [[texts[i + j] for j in range(k)] for i in range(0, len(ids), k)]
+    return [[texts[i + j] for j in range(k)] for i in range(0, len(texts), k)]
 
 
 # -------------------------------------------------------------------------------------------- PPO
 class Critic(torch.nn.Module):
-    """[value head] V(x, y_<t): a copy of the policy's trunk with one number out, 0 at the start.
+    """[value head] V(x, y_<t): a copy of the policy's trunk, then one number, 0 at the start."""
 
-    It shares no weight with the policy: its regression would fight over them with PPO's gradient.
-    """
-
-    def __init__(self, path: str):
+    def __init__(self, policy):
         super().__init__()
-        self.trunk, _, new = rm.load_pretrained(AutoModel, path, may_be_unused=".")
-        for name in [name for name in new if "pooler" not in name]:
-            raise data.Mistake(f"{path}: its trunk lacks {name}; the critic needs another policy")
-        config = self.trunk.config.get_text_config()
-        width = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT projects out
-        self.head = rm.Float32Head(width, 1)  # as the logits: GAE takes differences of values
+        # A copy: over shared weights, V's regression and the policy's gradient would fight.
+        self.trunk = copy.deepcopy(policy.base_model)
+        self.trunk.shares_prompts = rm.shares_prompts(policy)  # the same trunk, so the same trial
+        self.head = rm.Float32Head(policy.get_output_embeddings().weight.shape[1], 1)
         for weight in self.head.parameters():
             torch.nn.init.zeros_(weight)
 
@@ -352,18 +325,8 @@ class Critic(torch.nn.Module):
         return self.head(states_of(self.trunk, batch, "last_hidden_state")).float()[..., 0]
 
 
-def chunks(batch: dict, rows: Tensor, args) -> list[dict]:
-    """Returns these rows of a batch, micro_batch_size at a time."""
-    parts = rows.split(args.micro_batch_size)
-    return [{name: x[part] for name, x in batch.items()} for part in parts]
-
-
 def rollout(args, models, asked: list[tuple[str, list[int]]]):
-    """Returns (batch, figures, texts, raw scores): the policy answers, RM and reference judge it.
-
-    asked: a prompt and its ids for each response, b in all. The batch is `collate`'s, with
-    old_logprobs, old_values, advantages and returns, all (b, t).
-    """
+    """Returns (batch for `update`, figures, texts, raw scores) of the answers to b prompts."""
     policy, ref_policy, critic, tokenizer, reward_of, shift, scale = models
     prompts, prompt_ids = zip(*asked, strict=True)
     # The policy answers. The RM reads its answers as text, since its tokenizer may be another.
@@ -373,7 +336,8 @@ def rollout(args, models, asked: list[tuple[str, list[int]]]):
     # What policy, reference and critic say about the very tokens that were sampled.
     device, t = policy.device, args.temperature
     batch = collate(tokenizer, list(zip(prompt_ids, responses, strict=True)), device)
-    parts = chunks(batch, torch.arange(len(texts), device=device), args)
+    pieces = torch.arange(len(texts), device=device).split(args.micro_batch_size)
+    parts = [{name: x[rows] for name, x in batch.items()} for rows in pieces]
     with torch.no_grad(), rm.autocast(device):
         old_logprobs = torch.cat([response_logprobs(policy, part, t) for part in parts])
         ref_logprobs = torch.cat([response_logprobs(ref_policy, part, t) for part in parts])
@@ -387,20 +351,17 @@ def rollout(args, models, asked: list[tuple[str, list[int]]]):
     rewards = kl_penalised_rewards(scores, old_logprobs, ref_logprobs, batch["mask"], args.kl_coef)
     advantages, returns = gae(rewards, old_values, batch["mask"], args.gamma, args.lam)
     figures = {
-        "objective/kl": (old_logprobs - ref_logprobs).sum(1).mean(),
-        "objective/scores": scores.mean(),
-        "objective/raw_scores": raw_scores.mean(),
-        "objective/rlhf_reward": rewards.sum(1).mean(),
-        "objective/entropy": -old_logprobs.sum(1).mean(),
-        "val/mean_length": batch["mask"].sum(1).float().mean(),
-        "val/ended": ended.float().mean(),
+        "objective/kl": (old_logprobs - ref_logprobs).sum(1).mean().item(),
+        "objective/scores": scores.mean().item(),
+        "val/mean_length": batch["mask"].sum(1).float().mean().item(),
+        "val/ended": ended.float().mean().item(),
     }
     batch |= {"old_logprobs": old_logprobs, "old_values": old_values, "returns": returns}
     batch["advantages"] = whiten(advantages, batch["mask"])
     return batch, figures, texts, raw_scores
 
 
-def update(args, policy, critic, optimizer, batch: dict) -> dict[str, Tensor]:
+def update(args, policy, critic, optimizer, batch: dict) -> dict[str, float]:
     """Takes the optimizer steps of one batch of rollouts; returns their mean losses."""
     stats = []
     # [epochs] Several passes over the same rollouts: the clipping keeps that honest. A prompt's
@@ -410,32 +371,29 @@ def update(args, policy, critic, optimizer, batch: dict) -> dict[str, Tensor]:
         order = by_prompt[torch.randperm(len(by_prompt))].flatten().to(policy.device)
         for rows in order.split(args.minibatch_size):
             stats.append(0)
-            for part in chunks(batch, rows, args):
-                mask = part["mask"]
-                old_logprobs, old_values = part["old_logprobs"], part["old_values"]
+            for piece in rows.split(args.micro_batch_size):
+                part = {name: x[piece] for name, x in batch.items()}
+                mask, old_logprobs = part["mask"], part["old_logprobs"]
                 with rm.autocast(policy.device):
                     logprobs = response_logprobs(policy, part, args.temperature)
                     values = critic(part)
                 pg = policy_loss(logprobs, old_logprobs, part["advantages"], mask, args.clip_range)
-                vf = value_loss(values, old_values, part["returns"], mask, args.value_clip)
+                vf = value_loss(values, part["old_values"], part["returns"], mask, args.value_clip)
                 # Weighted by tokens, the micro-batches add up to the minibatch's masked mean. No
                 # parameter is in both losses, so a weight on vf would change nothing.
                 share = mask.sum() / batch["mask"][rows].sum()
                 ((pg + vf) * share).backward()
-                # How far the policy has moved: approximate KL, and the shares that were clipped.
-                log_ratio = (logprobs - old_logprobs).detach()
+                # How far the policy has moved: approximate KL, and the share that was clipped.
+                log_ratio = logprobs - old_logprobs
                 clipped = ((log_ratio.exp() - 1).abs() > args.clip_range).float()
-                value_clipped = ((values - old_values).abs() > args.value_clip).float()
-                moved = (0.5 * log_ratio**2, clipped, value_clipped)
-                means = [pg, vf, *(masked_mean(x, mask) for x in moved)]
-                stats[-1] += share * torch.stack(means).detach()
+                moved = [masked_mean(0.5 * log_ratio**2, mask), masked_mean(clipped, mask)]
+                stats[-1] += share * torch.stack([pg, vf, *moved]).detach()
             for model in (policy, critic):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
     names = ["loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg"]
-    names += ["val/clipfrac_avg"]
-    return dict(zip(names, torch.stack(stats).mean(dim=0), strict=True))
+    return dict(zip(names, torch.stack(stats).mean(dim=0).tolist(), strict=True))
 
 
 def ppo(args, work: Path) -> None:
@@ -444,44 +402,37 @@ def ppo(args, work: Path) -> None:
     ref_policy, _ = load_policy(args.ref_policy or args.model, tokenizer.get_vocab())
     reward_model, rm_tokenizer = rm.load_reward_model(args.reward_model)
     reward_model.to(policy.device)
-    critic = Critic(args.model).to(policy.device)
-    critic.trunk.shares_prompts = rm.shares_prompts(policy)  # the same trunk, so the same trial
+    critic = Critic(policy).to(policy.device)
     readers = [(policy, tokenizer), (ref_policy, tokenizer), (reward_model, rm_tokenizer)]
     prompts, n = data.read_prompts(args.prompts), args.scale_prompts
     items = encode_prompts(readers, prompts, args.max_new_tokens, args.prompts, args.max_length)
     aside, items = [prompt for prompt, _ in items[:n]], items[n:]
     g, per_step = args.rollouts_per_prompt, args.batch_size // args.rollouts_per_prompt
     if not 0 < per_step <= len(items):
-        why = f"a step takes {per_step} prompts (--batch_size / --rollouts_per_prompt)"
-        raise data.Mistake(f"{args.prompts}: {why}, but --scale_prompts leaves {len(items)}")
-
-    limit = rm.positions(reward_model)
+        raise data.Mistake(f"a step takes {per_step} prompts, --scale_prompts leaves {len(items)}")
 
     def reward_of(prompts, texts):
-        readable = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            # Babble can be longer as a text than it was when sampled: the RM reads what it can.
-            while sum(map(len, rm.encode(rm_tokenizer, prompt, text))) > limit:
-                text = text[:-1]
-            readable.append(text)
-        return rm.score(reward_model, rm_tokenizer, prompts, readable)
+        texts, limit = list(texts), rm.positions(reward_model)
+        # Babble can be longer as a text than it was when sampled: the RM reads what it can.
+        for i, prompt in enumerate(prompts):
+            while sum(map(len, rm.encode(rm_tokenizer, prompt, texts[i]))) > limit:
+                texts[i] = texts[i][:-1]
+        return rm.score(reward_model, rm_tokenizer, prompts, texts)
 
-    # [reward scaling] Each RM has a scale and an offset of its own (Eq. 1 fixes neither). Shift and
-    # scale ONCE, by mean and SD on samples of the reference: all RMs then push equally hard at the
-    # start. Not per batch, as is also common: a batch SD that shrinks while the RM stops telling
-    # responses apart would hide just that.
+    # [reward scaling] Eq. 1 fixes neither scale nor offset of an RM. Shift and scale ONCE, by mean
+    # and SD on samples of the reference: all RMs then push equally hard at the start. A batch's SD,
+    # as is also common, would hide that an RM stops telling responses apart.
     options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     texts = sum(sample_responses(ref_policy, tokenizer, aside, 4, **options), [])
     sft_scores = reward_of([prompt for prompt in aside for _ in range(4)], texts)
     shift, scale = sft_scores.mean().item(), max(sft_scores.std().item(), 1e-6)
     models = (policy, ref_policy, critic, tokenizer, reward_of, shift, scale)
-
     # Policy and critic have learning rates of their own, as in the paper.
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0)
     optimizer.add_param_group({"params": critic.parameters(), "lr": args.critic_lr})
     torch.manual_seed(args.seed)
     parts = {"policy": policy, "critic": critic, "optimizer": optimizer}
-    checkpoint = rm.Checkpoint(args, work, parts)
+    checkpoint = rm.Checkpoint(args, work, parts, items)
     done, kept = checkpoint.resume()
     queue = kept.get("queue", [])
     for step in tqdm(range(done, args.steps), desc=args.out, mininterval=1):
@@ -492,8 +443,6 @@ def ppo(args, work: Path) -> None:
         asked = [items[i] for i in drawn for _ in range(g)]
         batch, figures, texts, raw_scores = rollout(args, models, asked)
         figures |= update(args, policy, critic, optimizer, batch)
-        # Write down what happened, and how to go on from here.
-        figures = {name: x.item() for name, x in figures.items()}
         if not all(map(math.isfinite, figures.values())):
             raise data.Mistake(f"--out {args.out}: NaN at PPO step {step}; lower --lr, --critic_lr")
         said = {"prompts": [items[i][0] for i in drawn]}
@@ -503,8 +452,7 @@ def ppo(args, work: Path) -> None:
         checkpoint.log({"step": step, "kl": figures["objective/kl"]} | said, "rollouts.jsonl")
         checkpoint.save(step + 1, queue=queue)
     rm.save_model(policy, tokenizer, work)
-    log = [row["objective/scores"] for row in data.read_jsonl(work / "log.jsonl")]
-    print(f"{args.out}: score {log[0]:+.2f} -> {log[-1]:+.2f} SD of the reward on SFT samples")
+    print(f"{args.out}: at the end {data.read_jsonl(work / 'log.jsonl')[-1]}")
 
 
 # ----------------------------------------------------------------------------- SFT, DPO, sampling
@@ -519,8 +467,7 @@ def sft(args, work: Path) -> None:
     def tokens_of(part):
         return sum(len(response_ids) for [(_, response_ids)] in part)
 
-    # A mean over the TOKENS of a batch. In batches of like length, tokens of short rows would weigh
-    # more than those of long ones, and teach brevity: sort=False.
+    # sort=False: in batches of like length, tokens of short rows would weigh more.
     fit(args, work, [policy], tokenizer, data.read_sft(args.data), loss_of, tokens_of, sort=False)
 
 
@@ -537,8 +484,7 @@ def dpo(args, work: Path) -> None:
         logps = response_logprobs(policy, batch).sum(dim=1)
         return dpo_loss(*logps.chunk(2), *ref.chunk(2), args.beta)
 
-    pairs = data.read_preferences(args.data)
-    fit(args, work, [policy, ref_policy], tokenizer, pairs, loss_of, len)
+    fit(args, work, [policy, ref_policy], tokenizer, data.read_preferences(args.data), loss_of, len)
 
 
 def fit(args, work, readers, tokenizer, items, loss_of, weight_of, sort=True) -> None:
@@ -547,14 +493,11 @@ def fit(args, work, readers, tokenizer, items, loss_of, weight_of, sort=True) ->
     kept, groups = rm.encode_groups(shortest, tokenizer, items, args.data, args.max_length)
     for item, [(prompt_ids, _), *_] in zip(kept, groups, strict=True):
         if not prompt_ids:  # from what would it predict the response's first token?
-            row = items.index(item) + 1
-            raise data.Mistake(f"{args.data}, row {row}: the prompt is empty; drop the row")
+            raise data.Mistake(f"{args.data}, row {items.index(item) + 1}: empty prompt; drop it")
     step = rm.gradient_step(policy, loss_of, args, weight_of)
     log = rm.fit(args, work, policy, groups, step, sort=sort)
     rm.save_model(policy, tokenizer, work)
-    print(
-        f"{args.out}: {len(groups)} rows, loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} nats"
-    )
+    print(f"{args.out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} nats")
 
 
 def sample(args, work: Path) -> None:
@@ -562,9 +505,9 @@ def sample(args, work: Path) -> None:
     policy, tokenizer = load_policy(args.model)
     readers, prompts = [(policy, tokenizer)], data.read_prompts(args.prompts)
     items = encode_prompts(readers, prompts, args.max_new_tokens, args.prompts, args.max_length)
-    names = "k temperature top_p repetition_penalty max_new_tokens seed batch_size".split()
-    options, prompts = {name: getattr(args, name) for name in names}, [x for x, _ in items]
-    responses = sample_responses(policy, tokenizer, prompts, **options)
+    prompts = [prompt for prompt, _ in items]
+    how = (args.k, args.temperature, args.top_p, args.repetition_penalty, args.max_new_tokens)
+    responses = sample_responses(policy, tokenizer, prompts, *how, args.seed, args.batch_size)
     rows = [{"prompt": x, "responses": ys} for x, ys in zip(prompts, responses, strict=True)]
     data.write_jsonl(work / "samples.jsonl", rows)
     print(f"{args.out}: {args.k} responses to each of {len(prompts)} prompts")
@@ -573,23 +516,22 @@ def sample(args, work: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = data.new_parser("ppo.py", __doc__)
     add = data.modes(parser, "sft dpo ppo sample")
-    every, trained, fitted, sampled = "sft dpo ppo sample", "sft dpo ppo", "sft dpo", "ppo sample"
-    add(every, "--model", required=True, help="policy to start from (folder or hub name)")
-    add(every, "--out", required=True, help="folder to write to")
-    add(fitted, "--data", required=True, help="prompt and response (sft), or pairs (sft, dpo)")
-    add(sampled, "--prompts", required=True, help=".jsonl with a `prompt` in each row")
+    add("sft dpo ppo sample", "--model", required=True, help="folder or hub name to start from")
+    add("sft dpo ppo sample", "--out", required=True, help="folder to write to")
+    add("sft dpo", "--data", required=True, help="prompt and response (sft), or pairs (sft, dpo)")
+    add("ppo sample", "--prompts", required=True, help=".jsonl with a `prompt` in each row")
     add("ppo", "--reward_model", required=True, help="reward model folder")
     add("dpo ppo", "--ref_policy", default="", help="the KL is taken to it; empty: --model")
-    add(every, "--seed", type=int, default=0, help="of data order and sampling")
+    add("sft dpo ppo sample", "--seed", type=int, default=0, help="of data order and sampling")
     add("sft", "--lr", type=float, default=2e-5, help="AdamW's learning rate, decaying to 0")
     add("dpo ppo", "--lr", type=float, default=5e-7, help="the same (ppo: constant)")
     add("ppo", "--critic_lr", type=float, default=1.5e-6, help="and of the critic")
-    add(every, "--batch_size", type=int, default=32, help="rows (ppo: rollouts) per step")
-    add(trained, "--micro_batch_size", type=int, default=32, help="rows per pass: memory")
-    add(fitted, "--epochs", type=int, default=1, help="passes over the data")
-    add(every, "--max_length", type=int, default=0, help="drop longer rows; 0: refuse them")
-    add(trained, "--max_grad_norm", type=float, default=1.0, help="clips longer gradients")
-    add(trained, "--checkpoint_minutes", type=float, default=5.0, help="a kill costs this much")
+    add("sft dpo ppo sample", "--batch_size", type=int, default=32, help="rows (rollouts) per step")
+    add("sft dpo ppo", "--micro_batch_size", type=int, default=32, help="rows per pass: memory")
+    add("sft dpo", "--epochs", type=int, default=1, help="passes over the data")
+    add("sft dpo ppo sample", "--max_length", type=int, default=0, help="drop longer; 0: refuse")
+    add("sft dpo ppo", "--max_grad_norm", type=float, default=1.0, help="clips longer gradients")
+    add("sft dpo ppo", "--checkpoint_minutes", type=float, default=5.0, help="lost by a kill")
     add("dpo", "--beta", type=float, default=0.1, help="strength of the pull to the reference")
     add("ppo", "--steps", type=int, default=100, help="rounds of rollout and update")
     add("ppo", "--rollouts_per_prompt", type=int, default=4, help="in each step (paper: 16)")
@@ -603,10 +545,10 @@ def main(argv: list[str] | None = None) -> int:
     add("ppo", "--missing_eos_penalty", type=float, default=1.0, help="in SDs of the reward")
     add("ppo", "--scale_prompts", type=int, default=64, help="first prompts, to scale rewards")
     add("sample", "--k", type=int, default=5, help="responses per prompt")
-    add(sampled, "--temperature", type=float, default=1.0, help="divides the logits")
+    add("ppo sample", "--temperature", type=float, default=1.0, help="divides the logits")
     add("sample", "--top_p", type=float, default=1.0, help="nucleus (paper: 0.9); 1 = off")
     add("sample", "--repetition_penalty", type=float, default=1.0, help="(paper: 1.1); 1 = off")
-    add(sampled, "--max_new_tokens", type=int, default=64, help="longest response, in tokens")
+    add("ppo sample", "--max_new_tokens", type=int, default=64, help="longest response, in tokens")
 
     def run(args):
         with data.output_folder(args.out) as work:

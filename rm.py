@@ -8,29 +8,31 @@ sigma(r_chosen - r_rejected) is the probability of that verdict (Eq. 1, the vani
 
 writes a folder that `AutoModelForSequenceClassification.from_pretrained` reads, and `log.jsonl`.
 
-Three names, the same in all files:
+Two names, the same in rm.py, metarm.py and ppo.py:
 
-    text   a prompt and a response, as strings     ("\n\nHuman: Hi!\n\nAssistant:", " Hello.")
-    row    a text as token ids, (prompt_ids, response_ids), the latter up to and including EOS
+    row    a prompt and a response as token ids: (prompt_ids, response_ids), the latter with its EOS
     group  the rows of one prompt: the two of a pair of D (chosen first), the k of a prompt of S
 
-Whatever needs a reward (the meta step, PPO, the report) goes through `encode`, `collate` and
-`score`, so that one text always gets one reward.
+All rewards come from `encode` and `rewards_of`; `score` adds batches and float32. So one response
+always gets one reward.
 """
 
-import inspect
+import itertools
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers.utils import find_adapter_config_file
 
 import data
 
@@ -71,14 +73,14 @@ def encode(tokenizer, prompt: str, response: str) -> Row:
     # What a tokenizer puts before a text by itself (BOS, [CLS]) goes before the prompt, once: a
     # chat template may have written it already.
     special, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
-    prefix = special[: starts[0]] if starts else []
+    prefix = special[: special.index(plain[0])]
     # Prompt and response are tokenized APART. Together, a token could straddle the seam: the prompt
     # would have other ids for every response, and other ids than the policy generates from.
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     if prompt_ids[: len(prefix)] != prefix:
         prompt_ids = prefix + prompt_ids
     response_ids = tokenizer(response, add_special_tokens=False).input_ids
+    # EOS, too, stands once: it is where the head reads, and where the policy stops.
     if response_ids[-1:] != [end_id(tokenizer)]:
         response_ids = response_ids + [end_id(tokenizer)]
     return prompt_ids, response_ids
@@ -103,44 +105,45 @@ def pad(rows: list[list[int]], pad_id: int, device="cpu", left=False) -> dict[st
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def encode_groups(
-    model, tokenizer, items: list[dict], source: str, max_length: int = 0
-) -> tuple[list[dict], list[Group]]:
+def encode_groups(model, tokenizer, items: list[dict], source: str, max_length: int = 0):
     """Returns (items kept, their groups). An item is a row of D, S or SFT, as data.py reads them.
 
     With max_length > 0, an item with a longer row is dropped as a whole, and counted on stderr.
     Raises: Mistake naming `source` and the row if one does not fit the model, or if none is left.
     """
     limit, kept, groups = positions(model), [], []
+    keys = ("chosen", "rejected", "response")
     for number, item in enumerate(items, 1):
-        keys = [key for key in ("chosen", "rejected", "response") if key in item]
-        responses = item["responses"] if "responses" in item else [item[key] for key in keys]
+        responses = item.get("responses") or [item[key] for key in keys if key in item]
         group = [encode(tokenizer, item["prompt"], response) for response in responses]
         [length] = row_lengths([group])
         if max_length and length > max_length:
             continue
         if length > limit:
             why = f"{length} tokens, but {model.name_or_path} has {limit} positions"
-            fix = f"shorten or drop the row (--max_length {limit} drops it)"
+            fix = f"--max_length {limit} drops it ({item['prompt'].strip()!r:.40}...)"
             raise data.Mistake(f"{source}, row {number}: {why}; {fix}")
         kept.append(item)
         groups.append(group)
-    if items and not kept:
-        raise data.Mistake(f"{source}: no row fits into --max_length {max_length}; raise it")
     if len(kept) < len(items):
-        dropped = f"{len(items) - len(kept)} of {len(items)} rows, longer than {max_length} tokens"
-        print(f"{source}: dropped {dropped}", file=sys.stderr)
+        print(f"{source}: dropped {len(items) - len(kept)} of {len(items)} rows", file=sys.stderr)
+        if not kept:
+            raise data.Mistake(f"{source}: no row fits into --max_length {max_length}; raise it")
     return kept, groups
 
 
 def positions(model) -> int:
     """Returns the most tokens that a row may have."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond this, a row's positions depend on the batch
+        limit = rope.get("original_max_position_embeddings", limit)
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from padding_idx + 1, so that the first go unused.
         if limit and "position" in name and getattr(module, "padding_idx", None) is not None:
             return limit - module.padding_idx - 1
-    return limit if limit and limit > 0 else sys.maxsize
+    return limit or sys.maxsize
 
 
 def row_lengths(groups: Sequence[Group]) -> list[int]:
@@ -163,9 +166,7 @@ def pair_loss(forward: Callable, model, tokenizer, pairs: Sequence[Group]) -> Te
 
 
 @torch.no_grad()
-def score(
-    model, tokenizer, prompts: list[str], responses: list[str], batch_size: int = 64
-) -> Tensor:
+def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size=64) -> Tensor:
     """Returns the rewards of n texts, a float32 CPU tensor (n,), in the order given.
 
     Computed without autocast: a reward must not depend on who else is in the batch.
@@ -173,24 +174,19 @@ def score(
     """
     items = [{"prompt": x, "response": y} for x, y in zip(prompts, responses, strict=True)]
     _, groups = encode_groups(model, tokenizer, items, f"texts scored by {model.name_or_path}")
-    rows = [row for [row] in groups]
-    # Texts with one prompt form groups of at most a batch, so that their prompt is read once.
-    by_prompt: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_prompt.setdefault(prompt, []).append(i)
-    chunks = []
-    for same in by_prompt.values():
-        chunks += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
     # Longest first: rows of like length meet, and the batch that needs the most memory comes first.
-    chunks.sort(key=lambda chunk: -row_lengths([[rows[i] for i in chunk]])[0])
-    rewards, was_training = torch.zeros(len(rows)), model.training
+    # Texts of one prompt, if given side by side, stay so: their prompt is read once.
+    longest: dict[str, int] = {}
+    for prompt, length in zip(prompts, row_lengths(groups), strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    order = sorted(range(len(prompts)), key=lambda i: -longest[prompts[i]])
+    rewards, was_training = torch.zeros(len(prompts)), model.training
     model.eval()
-    while chunks:
-        batch = [chunks.pop(0)]
-        while chunks and len(chunks[0]) + sum(map(len, batch)) <= batch_size:
-            batch.append(chunks.pop(0))
-        found = rewards_of(model, model, tokenizer, [[rows[i] for i in chunk] for chunk in batch])
-        rewards[[i for chunk in batch for i in chunk]] = found.float().cpu()
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        same_prompt = itertools.groupby(batch, key=lambda i: prompts[i])
+        batch_groups = [[groups[i][0] for i in same] for _, same in same_prompt]
+        rewards[batch] = rewards_of(model, model, tokenizer, batch_groups).float().cpu()
     model.train(was_training)
     return rewards
 
@@ -223,42 +219,33 @@ def load_reward_model(path: str, seed: int | None = None):
 
     seed=None: the folder must hold a trained reward head. With a seed, a language model gets a new
     head from it: where RM 0 and the RM of every MetaRM round start (paper, Figure 4).
+    Eval mode is for TRAINING, too: with dropout, J would climb the noise between two random masks.
     Raises: Mistake, naming the path and the fix, on anything that is no such model.
-
-    Eval mode is the mode for TRAINING here, too: no dropout. The meta step evaluates the model at
-    theta and at theta'. With dropout, J would climb the noise between two random functions.
     """
-    from transformers import AutoModelForSequenceClassification as RewardModel
-
+    auto_class = AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
-        unused = LANGUAGE_MODEL_HEADS
-        model, tokenizer, new = load_pretrained(RewardModel, path, unused, num_labels=1)
+        model, tokenizer, new = load_pretrained(auto_class, path, LM_HEADS, num_labels=1)
         if new and seed is None:
-            why = f"has no reward head ({new[0]} is missing), so it is a language model"
-            raise data.Mistake(f"{path}: {why}; train a reward model from it with rm.py")
+            raise data.Mistake(f"{path}: no reward head ({new[0]}); train one from it with rm.py")
         # transformers' heads read the last token that is NOT the pad id. Were EOS the pad id (as
         # in GPT-2 recipes), that would be the one before EOS or, if that is all, the prompt's.
         if tokenizer.pad_token_id in (None, end_id(tokenizer)):
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for config in (model.config, model.config.get_text_config()):  # two in image + text models
         config.pad_token_id, config.use_cache = tokenizer.pad_token_id, False
     heads = [m for m in model.modules() if type(m) is torch.nn.Linear and m.out_features == 1]
-    if not heads:
-        raise data.Mistake(f"{path}: no linear head with one output in {type(model).__name__}")
     heads[-1].__class__ = Float32Head  # the same parameters under the same names, another forward
     try_out(model, tokenizer, path, lambda groups: rewards_of(model, model, tokenizer, groups))
     return model, tokenizer
 
 
 # Weights of a language model's checkpoint that its reward model has no use for.
-LANGUAGE_MODEL_HEADS = (
-    r"^(lm_head|embed_out|lm_loss|pred_layer|(lm_|generator_|discriminator_)?predictions|"
-    r"generator_lm_head|cls\.(predictions|seq_relationship)|sop_classifier|"
-    r"vocab_(transform|layer_norm|projector)|decoder\.(weight|bias)$)"
-)
+LM_HEADS = r"^(lm_head|lm_loss|(lm_|discriminator_|generator_)?predictions|generator_lm_head|"
+LM_HEADS += r"embed_out|pred_layer|sop_classifier|vocab_(transform|layer_norm|projector)|decoder|"
+LM_HEADS += r"cls\.(predictions|seq_relationship))(\.|$)"
 
 
 def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options):
@@ -267,39 +254,34 @@ def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options)
     Float32 whatever the checkpoint's dtype: at a learning rate of 1e-6, no bf16 weight would move.
     Raises: Mistake naming the path if it holds no whole and finite checkpoint of this kind.
     """
-    from transformers import AutoTokenizer, logging
-
     logging.set_verbosity_error()  # "newly initialised: score.weight" is said by us, if it matters
     logging.disable_progress_bar()
     if not Path(path).is_dir() and (path.count("/") != 1 or path[0] in "./~"):
         raise data.Mistake(f"{path}: no such folder; give a `save_pretrained` folder or a hub name")
+    if find_adapter_config_file(path):  # the loader would leave the adapter out, or train only it
+        raise data.Mistake(f"{path}: a PEFT adapter; merge it first, or see docs/trainers/lora.py")
     options |= {"dtype": torch.float32, "use_safetensors": True}  # no pickles, no code from the hub
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, info = auto_class.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # a dozen types, which mean the same to the user
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise data.Mistake(f"{path}: not a whole {auto_class.__name__} folder ({why})") from error
-    adapter = (Path(path) / "adapter_config.json").exists()  # without peft, it is left out silently
-    if adapter or getattr(model, "_hf_peft_config_loaded", False):
-        fix = "merge it first (merge_and_unload), or see docs/trainers/lora.py"
-        raise data.Mistake(f"{path}: a PEFT adapter, not a whole model; {fix}")
+        raise data.Mistake(f"{path}: not a whole {auto_class.__name__} ({error!r:.200})") from error
     trunk, new = f"{model.base_model_prefix}.", sorted(info["missing_keys"])
+    unused = [key for key in sorted(info["unexpected_keys"]) if not re.search(may_be_unused, key)]
     wrong = [f"{key} has another shape" for key in sorted(info["mismatched_keys"])]
     wrong += [f"{key} is missing" for key in new if key.startswith(trunk) and "pooler" not in key]
-    for key in sorted(info["unexpected_keys"]):
-        if not re.search(may_be_unused, key):
-            wrong.append(f"its weight {key} would not be used ({new or 'nothing'} is missing)")
+    wrong += [f"its weight {key} would not be used" for key in unused]
     for name, p in model.named_parameters():
         wrong += [] if torch.isfinite(p).all() else [f"{name} holds NaN or infinity"]
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         wrong.append(f"its tokenizer has {len(tokenizer)} tokens, more than its embedding")
     if wrong:
         raise data.Mistake(f"{path}: {wrong[0]}; give a sound {type(model).__name__} checkpoint")
     return model.eval(), tokenizer, new
 
 
+@torch.no_grad()
 def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]) -> None:
     """Reads short rows alone and padded together, and refuses a model whose answers differ.
 
@@ -309,29 +291,28 @@ def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]
     """
     texts = {"Hello, how are you?": ["Fine.", "I am well, thank you."], "Hi": ["It is so.", "No"]}
     groups = [[encode(tokenizer, x, y) for y in ys] for x, ys in texts.items()]
-    kind, config = type(model).__name__, model.config.get_text_config()
+    fault = f"{path}: a {type(model).__name__} does not read a padded row as it reads it alone"
     model.shares_prompts = False
-    with torch.no_grad():
-        try:
-            alone = torch.cat([answer([[row]]) for group in groups for row in group])
-            together = answer(groups)
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            why = str(error).splitlines()[0]
-            raise data.Mistake(f"{path}: a {kind} does not read padded rows ({why})") from error
-        # float32 rounds in the sixth digit; a mask that is ignored shows in the first or second.
-        close = {"rtol": 0, "atol": 1e-3 * (alone.abs().max().item() + 1e-2)}
-        if not torch.allclose(alone, together, **close):
-            raise data.Mistake(
-                f"{path}: a padded row gets another answer from a {kind}; use another"
-            )
-        # Rows this short would not feel a window over the last tokens: such models are left out.
-        windows = ("sliding_window", "attention_chunk_size")
-        if not any(getattr(config, name, None) for name in windows):
-            try:
-                model.shares_prompts = True
-                model.shares_prompts = torch.allclose(alone, answer(groups), **close)
-            except Exception:  # no cache, or one of another kind: its rows are read in full
-                model.shares_prompts = False
+    try:
+        alone = torch.cat([answer([[row]]) for group in groups for row in group])
+        together = answer(groups)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise data.Mistake(f"{fault} ({error!r:.200})") from error
+    # float32 rounds in the sixth digit; a mask that is ignored shows in the fourth at the latest.
+    close = {"rtol": 0, "atol": 5e-5 * (alone.abs().max().item() + 1e-2)}
+    if not torch.allclose(alone, together, **close):
+        raise data.Mistake(f"{fault}; use another model")
+    if torch.allclose(alone, alone[:1], **close):
+        raise data.Mistake(f"{path}: gives all responses one reward; use another model")
+    # Rows this short would not feel a window over the last tokens: such models are left out.
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+        return
+    try:
+        model.shares_prompts = True
+        model.shares_prompts = torch.allclose(alone, answer(groups), **close)
+    except Exception:  # no cache, or one of another kind: its rows are read in full
+        model.shares_prompts = False
 
 
 def save_model(model, tokenizer, folder) -> None:
@@ -345,41 +326,35 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
+def autocast(device: torch.device) -> torch.autocast:
     """bf16 on CUDA (weights stay float32); nothing on a CPU, where it would only cost precision."""
-    cuda = device.type == "cuda"
-    return torch.autocast("cuda", dtype=torch.bfloat16) if cuda else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 # ------------------------------------------------- the one training loop: RM, MetaRM, SFT and DPO
-def epoch_batches(
-    lengths: list[int], batch_size: int, seed: int, flag: str = "--batch_size"
-) -> Iterator[list[int]]:
-    """Yields one epoch of len(lengths) items as lists of indices (a smaller last one is left out).
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, flag: str = "--batch_size"):
+    """Returns one epoch of len(lengths) items as lists of indices (a smaller last one is left out).
 
     Padding is computed like any token, so rows of like length share a batch: shuffle, cut into
     pools of 16 batches, sort each by length, cut it into batches, shuffle these.
     Raises: Mistake if there are fewer items than one batch.
     """
     if len(lengths) < batch_size:
-        raise data.Mistake(
-            f"{len(lengths)} rows are less than one batch; lower {flag} {batch_size}"
-        )
+        raise data.Mistake(f"{len(lengths)} rows fill no batch; lower {flag} {batch_size}")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     order, batches = order[: len(order) // batch_size * batch_size], []
     for start in range(0, len(order), 16 * batch_size):
         pool = sorted(order[start : start + 16 * batch_size], key=lambda i: lengths[i])
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    for i in torch.randperm(len(batches), generator=generator).tolist():
-        yield batches[i]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def gradient_step(model, loss_of: Callable, args, weight_of: Callable = len) -> Callable:
-    """Returns step(optimizer, batch, number) -> {"loss", "grad_norm"}, plain gradient descent.
+    """Returns step(optimizer, batch, number) -> {"loss", "grad_norm"}: an optimizer step on it.
 
     loss_of: groups -> scalar mean. A batch is cut into micro-batches to save memory. Each mean
-    counts by its share of the batch (`weight_of`: rows; in SFT tokens): the cut changes nothing.
+    counts by its share of the batch (`weight_of`: rows; in SFT tokens): same gradient.
     """
 
     def step(optimizer, batch: list[Group], number: int) -> dict[str, float]:
@@ -391,9 +366,9 @@ def gradient_step(model, loss_of: Callable, args, weight_of: Callable = len) -> 
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        # Before the step, which would carry NaN from one weight into all.
         if not math.isfinite(total + norm):
-            what = f"loss {total}, gradient norm {norm} at step {number}"
-            raise data.Mistake(f"--out {args.out}: {what}; lower --lr")
+            raise data.Mistake(f"--out {args.out}: loss {total}, gradient {norm}; lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         return {"loss": total, "grad_norm": norm}
@@ -406,43 +381,45 @@ def fit(args, work: Path, model, groups: list[Group], step, look=None, sort=True
 
     args: lr, batch_size, epochs, seed, log_every, checkpoint_minutes, out. AdamW; the learning rate
     decays linearly to 0, as in the paper.
-    step(optimizer, batch, number) -> figures: `gradient_step`, or one turn of Algorithm 1.
+    step(optimizer, batch, number) -> figures: `gradient_step`, or one step of Algorithm 1.
     look() -> figures, before every log_every-th step and at the end.
     sort: rows of like length share a batch. Not for a mean over tokens: it would favour short rows.
     """
-    from tqdm import tqdm
-
+    # Draw all batches first: a resumed run then knows those of the steps to come.
     lengths, batches = row_lengths(groups) if sort else [0] * len(groups), []
     for epoch in range(args.epochs):
         batches += epoch_batches(lengths, args.batch_size, args.seed + epoch)
     steps = len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1 - n / steps))
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / steps)
     parts = {"model": model, "optimizer": optimizer, "decay": decay}
-    checkpoint = Checkpoint(args, work, parts)
+    checkpoint = Checkpoint(args, work, parts, groups)
     done, _ = checkpoint.resume()
-    with tqdm(total=steps, initial=done, desc=args.out, mininterval=1) as bar:
-        for number in range(done, steps):
-            figures = {"step": number, "steps": steps}
-            if look and number % args.log_every == 0:
-                figures |= look()
-            figures |= step(optimizer, [groups[i] for i in batches[number]], number)
-            decay.step()
-            checkpoint.log(figures)
-            checkpoint.save(number + 1)
-            bar.update()
+    for number in tqdm(range(done, steps), args.out, steps, initial=done, mininterval=1):
+        figures = {"step": number, "steps": steps}
+        if look and number % args.log_every == 0:
+            figures |= look()
+        figures |= step(optimizer, [groups[i] for i in batches[number]], number)
+        decay.step()
+        # The log first: of two that a kill can part, resume() cuts back the log.
+        checkpoint.log(figures)
+        checkpoint.save(number + 1)
     if look:
         checkpoint.log({"step": steps, "steps": steps} | look())
     return data.read_jsonl(work / "log.jsonl")
 
 
 class Checkpoint:
-    """What a killed stage goes on from: checkpoint.pt, and logs of one line per step."""
+    """Saves and restores a stage: checkpoint.pt, and logs of one line per step.
 
-    def __init__(self, args, work: Path, parts: dict):
+    It belongs to the options and to `trained_on`: a resumed run must not mix two sets of data.
+    """
+
+    def __init__(self, args, work: Path, parts: dict, trained_on=()):
         self.path, self.parts, self.last = work / "checkpoint.pt", parts, time.monotonic()
         options = {key: value for key, value in vars(args).items() if key != "checkpoint_minutes"}
-        self.minutes, self.options = args.checkpoint_minutes, repr(sorted(options.items()))
+        self.options = f"{sorted(options.items())} {zlib.crc32(repr(trained_on).encode())}"
+        self.minutes = args.checkpoint_minutes
 
     def resume(self) -> tuple[int, dict]:
         """Returns (steps done, what `save` kept), with all parts and random numbers put back."""
@@ -450,13 +427,12 @@ class Checkpoint:
         if self.path.exists():
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             if saved["options"] != self.options:
-                raise data.Mistake(f"{self.path.parent} was left by other options; delete it")
+                raise data.Mistake(f"{self.path.parent} is of other options or data; delete it")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             torch.set_rng_state(saved["rng"])
-            if torch.cuda.device_count() == len(saved["cuda_rng"]):
-                torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        for log in self.path.parent.glob("*.jsonl"):  # steps after the checkpoint come again
+            torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
+        for log in self.path.parent.glob("*.jsonl"):  # later steps will be logged again
             lines = log.read_bytes().splitlines(keepends=True)  # a str would split at U+2028, too
             data.write_text(log, b"".join(lines[: saved["step"]]).decode())
         return saved["step"], saved["kept"]
@@ -469,9 +445,9 @@ class Checkpoint:
         if time.monotonic() - self.last < 60 * self.minutes:
             return
         saved = {name: part.state_dict() for name, part in self.parts.items()}
-        cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        saved |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "options": self.options}
-        torch.save(saved | {"step": step, "kept": kept}, f"{self.path}.tmp")
+        saved |= {"step": step, "kept": kept, "options": self.options}
+        saved |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        torch.save(saved, f"{self.path}.tmp")
         os.replace(f"{self.path}.tmp", self.path)
         self.last = time.monotonic()
 
@@ -485,7 +461,7 @@ def training_options(parser) -> None:
     add("--out", required=True, help="folder to write the reward model to")
     add("--lr", type=float, default=5e-6, help="AdamW's, decaying to 0 (alpha of Eq. 5)")
     add("--batch_size", type=int, default=16, help="pairs per step")
-    add("--micro_batch_size", type=int, default=16, help="of these per pass; lower to save memory")
+    add("--micro_batch_size", type=int, default=16, help="pairs (or prompts of S) per pass: memory")
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--max_length", type=int, default=0, help="drop longer rows, in tokens; 0: refuse them")
     add("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to it")
@@ -510,9 +486,8 @@ def train(args) -> None:
         model, tokenizer = load_reward_model(args.model, args.seed)
         model.to(pick_device())
         _, groups = encode_groups(model, tokenizer, pairs, args.data, args.max_length)
-        look = look_at(args, model, tokenizer)
         step = gradient_step(model, lambda part: pair_loss(model, model, tokenizer, part), args)
-        log = fit(args, work, model, groups, step, look)
+        log = fit(args, work, model, groups, step, look_at(args, model, tokenizer))
         save_model(model, tokenizer, work)
     print(f"{args.out}: {len(groups)} pairs; at the end {log[-1]}")
 
@@ -524,11 +499,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # --------------------------------------------------- an optional speed-up: read each prompt once
-# The rows of a group answer ONE prompt, so a decoder can read it once, and each response on a copy
-# of its cache: P + kT tokens instead of k(P + T). Gradients flow through the cache; the rewards are
-# the same. To do without it, set model.shares_prompts = False.
-
-
+# The rows of a group answer ONE prompt (P tokens), so a decoder can read it once, and each of the k
+# responses (T tokens) on a copy of its cache: P + kT tokens instead of k(P + T). Gradients flow
+# through the cache; the rewards are the same. To do without it, set model.shares_prompts = False.
 def shares_prompts(model) -> bool:
     """Whether `try_out` found that `read_prompts_once` gives this model's own answers."""
     return getattr(model, "shares_prompts", False)
@@ -552,14 +525,12 @@ def read_prompts_once(forward, model, prompts: dict, responses: dict, owner: Ten
     """
     position = (prompts["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # real tokens only
     before = forward(**prompts, position_ids=position, use_cache=True, **options)
-    cache = before["cache" if "cache" in before else "past_key_values"]  # renamed in transformers 5
-    cache.batch_select_indices(owner)  # one copy of its prompt's cache for each response
+    cache = "cache" if "cache" in before else "past_key_values"  # renamed in transformers 5
+    before[cache].batch_select_indices(owner)  # one copy of its prompt's cache for each response
     mask = torch.cat([prompts["attention_mask"][owner], responses["attention_mask"]], dim=1)
-    inputs = {"input_ids": responses["input_ids"], "attention_mask": mask, "use_cache": True}
+    inputs = {"input_ids": responses["input_ids"], "attention_mask": mask, cache: before[cache]}
     inputs["position_ids"] = (mask.cumsum(dim=1) - 1)[:, position.shape[1] :]
-    takes = inspect.signature(model.forward).parameters
-    inputs["cache" if "cache" in takes else "past_key_values"] = cache
-    return before, forward(**inputs)
+    return before, forward(**inputs, use_cache=True)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,12 @@ def make_policy(folder, architecture="llama", seed=0, **tokenizer_options) -> st
     return save(folder, "AutoModelForCausalLM", config, tokenizer, seed)
 
 
+def vector(tensors):
+    """Returns all values in one vector; of FSDP2's, those of all shards."""
+    tensors = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
 def write_rows(path, rows) -> str:
     """Writes a .jsonl file; returns str(path)."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

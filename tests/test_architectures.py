@@ -9,16 +9,7 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import (
-    ARCHITECTURES,
-    GEMMA,
-    SMALL,
-    make_pairs,
-    make_policy,
-    make_tokenizer,
-    save,
-    write_rows,
-)
+from conftest import ARCHITECTURES, GEMMA, SMALL, make_pairs, make_policy, make_tokenizer, save
 from safetensors.torch import load_file
 
 import data
@@ -53,7 +44,9 @@ PPO_STEPS = "--steps 2 --batch_size 8 --scale_prompts 4 --lr 1e-3 --critic_lr 1e
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("files") / "pairs.jsonl", PAIRS)
+    path = tmp_path_factory.mktemp("files") / "pairs.jsonl"
+    data.write_jsonl(path, PAIRS)
+    return f"{path}"
 
 
 def run(module, command: str) -> None:
@@ -119,7 +112,7 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
     for first, second, last in logs:
         assert figures <= set(first) and looks <= set(first) and "accuracy" in last
         assert figures <= set(second) and not looks & set(second)
-    for row in [row for log in logs for row in log[:-1]]:
+    for row in logs[0][:-1] + logs[1][:-1]:
         assert 0.25 <= row["difference"] <= 0.5 and row["meta_grad_norm"] > 0  # k = 2
     # In step 0 both orders are at the same theta and theta'; then they differ.
     for name, same in [("difference", 1), ("vanilla_loss_adapted", 1), ("grad_norm", 0)]:
@@ -127,15 +120,16 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
         assert (first == pytest.approx(exact, rel=1e-4)) == same
 
 
-def check_loop(policy, reward_model: str) -> None:
-    """The first rollouts are the reference's, with the reward model's own scores."""
-    log, rollouts = (data.read_jsonl(policy / f"{name}.jsonl") for name in ("log", "rollouts"))
-    assert log[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
-    assert abs(log[1]["objective/kl"]) > 1e-4
-    said = zip(rollouts[0]["prompts"], rollouts[0]["responses"], strict=True)
-    prompts, texts = zip(*[(x, y) for x, ys in said for y in ys], strict=True)
-    want = rm.score(*rm.load_reward_model(reward_model), list(prompts), list(texts)).tolist()
-    assert sum(rollouts[0]["scores"], []) == pytest.approx(want, abs=1e-5)
+def loop(policy: str, reward_model: str, pairs: str, out) -> None:
+    """PPO. Its first rollouts are the reference's, with the reward model's own scores."""
+    options = f"--prompts {pairs} {PPO_STEPS} --max_new_tokens 6 --out {out}"
+    run(ppo, f"ppo --model {policy} --reward_model {reward_model} {options}")
+    log, [first, *_] = (data.read_jsonl(out / f"{name}.jsonl") for name in ("log", "rollouts"))
+    assert abs(log[0]["objective/kl"]) < 1e-4 < abs(log[1]["objective/kl"])
+    texts = [text for texts in first["responses"] for text in texts]
+    prompts = [x for x, ys in zip(first["prompts"], first["responses"], strict=True) for _ in ys]
+    want = rm.score(*rm.load_reward_model(reward_model), prompts, texts).tolist()
+    assert sum(first["scores"], []) == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -156,10 +150,8 @@ def test_all_stages(pairs, tmp_path, architecture, monkeypatch):
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
     reward_models(f"{w}/sft", f"{w}/meta/samples.jsonl", pairs, w)
-    loop = f"--reward_model {w}/first --prompts {pairs} {PPO_STEPS} --max_new_tokens 6"
-    run(ppo, f"ppo --model {w}/sft {loop} --out {w}/policy")
+    loop(f"{w}/sft", f"{w}/first", pairs, w / "policy")
     check_policy(f"{w}/sft", f"{w}/policy", tied)
-    check_loop(w / "policy", f"{w}/first")
 
 
 def test_an_encoder_is_a_reward_model_of_a_decoder(pairs, tmp_path):
@@ -170,7 +162,5 @@ def test_an_encoder_is_a_reward_model_of_a_decoder(pairs, tmp_path):
     policy = make_policy(w / "policy", padding_side="left")
     run(ppo, f"sample --model {policy} --prompts {pairs} --k 2 --max_new_tokens 6 --out {w}/meta")
     reward_models(bert, f"{w}/meta/samples.jsonl", pairs, w)
-    loop = f"--reward_model {w}/first --prompts {pairs} {PPO_STEPS} --max_new_tokens 6"
-    run(ppo, f"ppo --model {policy} {loop} --out {w}/ppo")
+    loop(policy, f"{w}/first", pairs, w / "ppo")
     check_policy(policy, f"{w}/ppo", tied=False)
-    check_loop(w / "ppo", f"{w}/first")

@@ -1,6 +1,5 @@
 """docs/by_hand.py: its numbers are those of the closed forms, and README quotes them."""
 
-import math
 import re
 import subprocess
 import sys
@@ -47,21 +46,11 @@ def test_numbers(output):
     expected += [[plain @ grad_J], [L(at) for at in (theta, theta_prime, new)]]
     expected += [[J(at) for at in (theta, theta_prime, new)], plain, first, exact, new]
     assert lines == [[f"{x:.3f}" for x in row] for row in expected]
-
-
-def test_story(output):
-    """The climb raises L, and the pair that it hurts gains weight."""
-    numbers = [[float(x) for x in re.findall(r"-?\d\.\d{3}", s)] for s in output.splitlines()]
-    (margin, weight), (margin_prime, weight_prime) = numbers[3:5]
-    assert margin_prime < 0 < margin and weight < 0.5 < weight_prime
-    assert numbers[7][0] > 0 and numbers[8][1] > numbers[8][0] > numbers[8][2]
-    assert math.isclose(weight, 1 / (1 + math.e), abs_tol=1e-3)
+    # The story: the climb raises L, and the pair that it hurts gains weight.
+    hurt, helped = (1 - sigmoid(D @ theta_prime)) / (1 - sigmoid(D @ theta))
+    assert plain @ grad_J > 0 and L(theta_prime) > L(theta) > L(new) and hurt > 2 > 1 > helped
 
 
 def test_readme_quotes_it(output):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    quoted = re.search(r"<!-- by hand -->\n+```\w*\n(.*?)```", readme, re.DOTALL)
-    if not quoted:
-        pytest.skip("README.md has no block marked <!-- by hand -->")
-    assert len(output.splitlines()) <= 15
-    assert quoted[1] == output
+    assert re.search(r"<!-- by hand -->\n+```\w*\n(.*?)```", readme, re.DOTALL)[1] == output

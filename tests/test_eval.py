@@ -39,11 +39,7 @@ def test_pair_accuracy_is_the_plain_loop(tie):
     right = sum(0.5 if r == 0 else float((r > 0) == (g > 0)) for r, g in used)
     found = report.pair_accuracy(rewards, gold, tie)
     assert found == (pytest.approx(right / len(used)), len(used))
-    assert report.pair_accuracy(gold, gold, tie)[0] == 1
-    assert report.pair_accuracy(-gold, gold, tie)[0] == 0
     assert math.isnan(report.pair_accuracy(np.ones((2, 3)), np.ones((2, 3)))[0])
-    with pytest.raises(ValueError, match="k >= 2"):
-        report.pair_accuracy(np.ones((3, 1)), np.ones((3, 1)))
 
 
 def test_matched_accuracy_is_the_plain_loop():
@@ -57,38 +53,23 @@ def test_matched_accuracy_is_the_plain_loop():
     found = report.matched_accuracy(first, second, np.array(edges), minimum)
     assert found["first"] == pytest.approx(sum(a[0] / total * a[1] for a, _ in bins))
     assert found["second"] == pytest.approx(sum(a[0] / total * b[1] for a, b in bins))
-    assert (found["first_pairs"], found["second_pairs"]) == (total, sum(b[0] for _, b in bins))
     nothing = report.matched_accuracy(first, second, np.array(edges), minimum=10**6)
-    assert math.isnan(nothing["first"]) and nothing["first_pairs"] == 0
-
-
-def test_matched_accuracy_sees_through_shrunken_gaps():
-    """One noisy judge, a policy whose responses differ four times less: only raw accuracy falls."""
-    rng = np.random.default_rng(0)
-    wide, narrow = rng.normal(size=(4000, 4)), 0.25 * rng.normal(size=(4000, 4))
-    first, second = ((x + 0.5 * rng.normal(size=x.shape), x) for x in (wide, narrow))
-    edges = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, np.inf])
-    raw = [report.pair_accuracy(*x, 0.1)[0] for x in (first, second)]
-    found = report.matched_accuracy(first, second, edges)
-    assert raw[0] - raw[1] > 0.15 and abs(found["first"] - found["second"]) < 0.03
+    assert math.isnan(nothing["first"]) and math.isnan(nothing["second"])
 
 
 def test_spread_is_equation_2_and_the_variance_of_a_difference():
     rewards, _ = random_set()
-    k = rewards.shape[1]
     gaps = [abs(r) / 2 for r, _ in pairs_of(rewards, rewards)]
-    found = report.spread(rewards, 2.0)
-    eq2 = 2 / k**2 * sum(1 / (1 + math.exp(-gap)) for gap in gaps) / len(rewards)
+    eq2 = 2 / 5**2 * sum(1 / (1 + math.exp(-gap)) for gap in gaps) / len(rewards)
     variance = 2 * np.mean((rewards / 2).var(axis=1, ddof=1))  # Var(a - b) = 2 Var(a)
-    assert found == pytest.approx({"J": eq2, "margin": np.mean(gaps), "variance": variance})
-    assert report.spread(7 * rewards, 14.0) == pytest.approx(found)
+    expected = {"J": eq2, "margin": np.mean(gaps), "variance": variance}
+    assert report.spread(rewards, 2.0) == pytest.approx(expected)
 
 
 def test_rank_correlation():
     rewards, gold = random_set(3)  # no ties: the textbook formula 1 - 6 Σd² / k(k² - 1)
     ranks = [np.argsort(np.argsort(x)) for x in (rewards, gold)]
     rho = 1 - 6 * ((ranks[0] - ranks[1]) ** 2).sum(axis=1) / (5 * 24)
-    assert report.rank_correlation(rewards, gold) == (pytest.approx(rho.mean()), len(rho))
     gold[0], rewards[1] = 1.0, 2.0  # constant: no correlation, left out
     found = report.rank_correlation(rewards, gold)
     assert found == (pytest.approx(rho[2:].mean()), len(rho) - 2)
@@ -100,8 +81,7 @@ def test_rank_correlation():
 def test_win_tie_lose_is_symmetric_and_adds_up():
     (_, ours), (_, theirs) = random_set(4), random_set(5)
     there, back = (report.win_tie_lose(*x, 0.2) for x in ((ours, theirs), (theirs, ours)))
-    wins = sum(a - b >= 0.2 for a, b in zip(ours.ravel(), theirs.ravel(), strict=True))
-    assert there["win"] == back["lose"] == pytest.approx(100 * wins / ours.size)
+    assert there["win"] == back["lose"] == pytest.approx(100 * (ours - theirs >= 0.2).mean())
     assert sum(there.values()) == pytest.approx(100)
     assert report.win_tie_lose(ours, ours, 0.0) == {"win": 0, "tie": 100, "lose": 0}
 
@@ -119,20 +99,14 @@ def loop_bleu(hypothesis, references, n):
     return math.exp(min(0, 1 - closest / size) + sum(logs) / len(logs))
 
 
-def test_bleu_is_the_plain_loop():
+def test_bleu_is_the_plain_loop_and_diversity():
     rng = random.Random(0)
     for _ in range(50):
         texts = [rng.choices("abc", k=rng.randint(1, 9)) for _ in range(4)]
-        for n in (1, 2, 5):
-            found = report.bleu(texts[0], texts[1:])[n - 1]
-            assert found == pytest.approx(loop_bleu(texts[0], texts[1:], n))
+        found = report.bleu(texts[0], texts[1:])
+        assert found == pytest.approx([loop_bleu(texts[0], texts[1:], n) for n in range(1, 6)])
     assert report.bleu([], [["a"]], 2) == [0, 0]
     assert report.bleu([], [["a"], []], 2) == [1, 1]
-
-
-def test_diversity():
-    assert report.self_bleu([["one two three four five six"] * 3]) == pytest.approx(1)
-    assert report.self_bleu([["a b c d e", "f g h i j", "k l m n o"]]) < 0.1
     groups, each = [["a b c", "a b d"], ["a b c", "e"]], []
     for one, other in [*groups, *(group[::-1] for group in groups)]:
         each += [loop_bleu(one.split(), [other.split()], n) for n in (2, 3, 4, 5)]
@@ -141,7 +115,7 @@ def test_diversity():
     assert report.mean_words(groups) == (3 + 3 + 3 + 1) / 4
 
 
-# -------------------------------------------------------------------- a made-up stale run's figures
+# ------------------------------------------------------------------------ figures of made-up runs
 
 
 def made_up(m=300, k=4, gold_at_the_end=0.15, pairs=400):
@@ -160,18 +134,10 @@ def made_up(m=300, k=4, gold_at_the_end=0.15, pairs=400):
     for model in ("gold", "rm0", "metarm-2"):
         margins = truth + (model != "gold") * rng.normal(size=pairs)
         scores[model, "D", "pairs"] = np.stack([margins, np.zeros(pairs)], 1)
-    responses = {}
-    for name in shifts:
-        responses[name, "test"] = [[f"{name} {i} {j}" for j in range(k)] for i in range(m)]
+    texts = {name: [[f"{name} {i} {j}" for j in range(k)] for i in range(m)] for name in shifts}
+    responses = {(name, "test"): groups for name, groups in texts.items()}
     prompts = {"test": ["?"] * m, "pairs": ["?"] * pairs}
-    return {
-        "prompts": prompts,
-        "responses": responses,
-        "scores": scores,
-        "rollouts": {},
-        "kl": {},
-        "epochs": {},
-    }
+    return prompts, responses, scores, {}, {}, {}  # no rollouts, epochs, KL
 
 
 def holds(results):
@@ -179,44 +145,38 @@ def holds(results):
 
 
 def test_a_stale_rm_and_what_tells_better():
-    results = report.measure(**made_up())
-    found = holds(results)
-    untold = [what for what, held in found.items() if held is None]
-    assert len(found) == 11 and len(untold) == 1 and "gold labels" in untold[0]  # no oracle
-    assert all(held for held in found.values() if held is not None), found
-    right = {name: row["accuracy"]["shifted"] for name, row in results["rms"].items()}
-    assert right["rm0"] < 60 < 85 < right["metarm-2"]
+    results = report.measure(*made_up())
+    untold = [what for what, held in holds(results).items() if held is None]
+    assert len(untold) == 1 and "gold labels" in untold[0]  # no oracle
+    assert results["rms"]["rm0"]["accuracy"]["shifted"] < 60
+    assert results["rms"]["metarm-2"]["accuracy"]["shifted"] > 85
     against = results["policies"]["metarm-2"]["against"]
     assert against["SFT"]["win"] > 50 > against["SFT"]["lose"]
     assert set(against) == {"SFT", "PPO on RM0"}  # of the same round
     assert abs(results["ceiling"] - 75) < 6
     text = report.report(results, "")
-    assert text.count("| yes |") == 10 and "**no**" not in text and "left out: no such RM" in text
-    assert "Gold is the truth" in text and "one seed proves nothing" in text
+    assert text.count("| yes |") == 10 and "**no**" not in text and "10 of 11 signs" in text
+    assert "what gold says" in text and "One seed proves nothing" in text
 
 
 def test_a_healthy_rm():
     seen = made_up(gold_at_the_end=0.4)
-    seen["scores"]["rm0", "ppo-2", "test"] = 3 * seen["scores"]["gold", "ppo-2", "test"]
-    results = report.measure(**seen)
-    found = holds(results)
+    seen[2]["rm0", "ppo-2", "test"] = 3 * seen[2]["gold", "ppo-2", "test"]
+    found = holds(report.measure(*seen))
     assert found["RM0 right on answers at the same gap by gold, %"] is False
     assert found["J of RM0"] is found["gold reward, SD (before: round 1)"] is False
-    assert "| **no** |" in report.report(results, "")
 
 
-def test_what_a_run_cannot_tell_is_left_out_with_its_reason():
-    seen = made_up(pairs=3)
-    for part in ("responses", "scores"):  # one round only
-        seen[part] = {key: x for key, x in seen[part].items() if "-2" not in str(key)}
-    results = report.measure(**seen)
-    found = {what: row["criterion"] for what, row in results["criteria"].items()}
-    assert found["RM0 right on held-out pairs of D, %"] == "left out: fewer than 20 pairs"
-    assert found["the same by gold, %"] == "left out: fewer than 20 pairs"
-    assert found["gold reward, SD (before: round 1)"] == "left out: one round only"
-    assert list(holds(results).values()).count(None) == 4
-    assert math.isnan(results["rms"]["rm0"]["accuracy"]["D, noisy"])
-    assert "labels of – % of 3 held-out pairs" in report.report(results, "")
+def test_what_cannot_be_told():
+    """One round only; and all of PPO's gold rewards are tied."""
+    prompts, *seen = made_up()
+    responses, scores = ({x: y for x, y in part.items() if "ppo-2" not in x} for part in seen[:2])
+    scores["gold", "ppo-1", "test"] = np.ones((300, 4))
+    results = report.measure(prompts, responses, scores, {}, {}, {})
+    untold = " ".join(what for what, held in holds(results).items() if held is None)
+    for what in ("RM0 right on answers", "a new RM", "the same over that by gold", "gold reward"):
+        assert what in untold
+    assert report.report(results, "").count("| – |\n") >= 4
 
 
 # -------------------------------------------------------------------------------- the whole command
@@ -231,10 +191,7 @@ def text_of(seed, length=9):
     return " ".join(rng.choices(WORDS, k=rng.randint(2, length)))
 
 
-class Fake:
-    def __init__(self, path):
-        self.name = "/".join(Path(path).parts[-2:])
-
+class Fake(str):
     def to(self, device):
         return self
 
@@ -252,23 +209,23 @@ def fake_run(tmp_path, monkeypatch):
         (run / name).mkdir(parents=True)
         (run / name / "config.json").write_text("{}")
     for domain, prompts in PROMPTS.items():
-        path = run / "data" / f"prompts-{domain}.jsonl"
-        write_rows(path, [{"prompt": prompt} for prompt in prompts])
-    rows = []
-    for i, prompt in enumerate(PROMPTS["test"]):
-        rows.append({"prompt": prompt, "chosen": text_of(i), "rejected": text_of(-i - 1) + " no"})
-    write_rows(run / "pairs" / "valid.jsonl", rows)
+        rows = [{"prompt": prompt} for prompt in prompts]
+        write_rows(run / "data" / f"prompts-{domain}.jsonl", rows)
+    sides = {"chosen": " thank you", "rejected": " no"}
+    pairs = [{"prompt": prompt, **sides} for prompt in PROMPTS["test"]]
+    write_rows(run / "pairs" / "valid.jsonl", pairs)
+    write_rows(run / "rm0" / "log.jsonl", [{"step": 0, "accuracy": 0.5}, {"step": 1}])
     for name in policies[2:]:
         row = {"kl": 0.5, "prompts": PROMPTS["test"][:2], "scores": [[0.3, 1.0], [0.1, 2.0]]}
         row["responses"] = [[text_of(f"{i}{j}") for j in range(2)] for i in range(2)]
         write_rows(run / name / "rollouts.jsonl", [row, row | {"kl": 1.0}])
 
     def load(path):
-        return Fake(path), None
+        return Fake("/".join(Path(path).parts[-2:])), None
 
     def sample_responses(model, tokenizer, prompts, k, seed, **options):
-        calls.append(model.name)
-        return [[text_of(f"{model.name}{x}{i}{seed}", 12) for i in range(k)] for x in prompts]
+        calls.append(model)
+        return [[text_of(f"{model}{x}{i}{seed}", 12) for i in range(k)] for x in prompts]
 
     def score(model, tokenizer, prompts, responses, batch_size):
         return torch.tensor([float(len(text)) for text in responses])
@@ -288,21 +245,20 @@ def evaluated(run, *options):
 
 def test_report_of_a_run(fake_run):
     results, text = evaluated(fake_run[0])
-    for name in ("fig1_reward_difference.png", "gold_over_kl.png", "fig4_rm_accuracy.png"):
-        picture = (fake_run[0] / "figures" / name).read_bytes()
-        assert picture[:4] == b"\x89PNG" and name in text
-    assert "nan" not in text.lower().split() and "None" not in text
+    for name in ("fig1_reward_difference", "gold_over_kl", "fig4_rm_accuracy", "fig5_reward_gaps"):
+        picture = (fake_run[0] / "figures" / f"{name}.png").read_bytes()
+        assert picture[:4] == b"\x89PNG" and f"figures/{name}.png" in text
+    assert not {"nan", "None"} & {*text.split()} and results["epochs"] == {"rm0": [[0, 50]]}
     arms = [f"{arm}-{r}" for arm in ("ppo", "reseeded", "metarm") for r in (1, 2)]
     assert list(results["policies"]) == ["sft", "dpo", *arms]
     assert set(results["rms"]) == {"rm0", "oracle", "metarm-2 adapted", *arms[2:]}
     # Figures, computed again from the stored samples. OOD: SFT and the last rounds only.
-    gold, stored = {}, {}
+    gold = {}
     for name, n in (("metarm-1", 24), ("sft", 26), ("metarm-2", 26)):
         rows = data.read_jsonl(fake_run[0] / "eval" / f"{name}.jsonl")[1:]
-        stored[name] = [row["responses"] for row in rows]
-        both = zip(PROMPTS["test"], stored[name], strict=n == 24)
-        gold[name] = np.array([[data.gold_reward(x, y) for y in ys] for x, ys in both])
         assert len(rows) == n
+        both = zip(PROMPTS["test"], rows, strict=n == 24)
+        gold[name] = np.array([[data.gold_reward(x, y) for y in z["responses"]] for x, z in both])
     sd, row = gold["sft"].std(), results["policies"]["metarm-2"]
     against = report.win_tie_lose(gold["metarm-2"], gold["sft"], 0.25 * sd)
     assert row["against"]["SFT"] == pytest.approx(against, abs=1e-5)
@@ -310,22 +266,23 @@ def test_report_of_a_run(fake_run):
     assert set(row["against"]) == rivals | {f"{x}, OOD" for x in rivals - {"DPO"}}
     mean = (gold["metarm-2"].mean() - gold["sft"].mean()) / sd
     assert row["figures"]["gold"] == pytest.approx(mean, abs=1e-5) and row["figures"]["KL"] == 1.5
-    answers = json.loads((fake_run[0] / "answers" / "metarm-2.json").read_text())
-    assert [answer["output"] for answer in answers] == [x[0] for x in stored["metarm-2"][:24]]
 
 
-def test_samples_are_used_again_unless_something_changed(fake_run):
+def test_samples_are_used_again_unless_something_changed(fake_run, monkeypatch):
     run, calls = fake_run
     first, sampled = evaluated(run), []
-    for options in ([], ["--tie", "0.5"], ["--seed", "1"], []):
+    for options in ([], ["--seed", "1"], []):
         calls.clear()
         last = evaluated(run, *options)
         sampled.append(len(calls))
-    assert sampled == [0, 0, 8, 8] and last == first  # one seed, the same figures
-    calls.clear()
+    assert sampled == [0, 8, 8] and last == first  # one seed, the same figures
     (run / "dpo" / "config.json").write_text("newer")
-    evaluated(run)
+    calls.clear()
+    monkeypatch.setattr(report, "report", None)
+    with pytest.raises(TypeError):  # a reader's own mistake keeps its traceback
+        evaluated(run)
     assert calls == ["toy/dpo"]
+    assert not (run / "results.json").exists()  # the old one would vouch for other pictures
 
 
 def test_a_judge_in_the_place_of_gold(fake_run, monkeypatch):
@@ -338,27 +295,17 @@ def test_a_judge_in_the_place_of_gold(fake_run, monkeypatch):
     results, text = evaluated(run, "--judge", str(run / "judge" / "rm"))
     assert results["by"] == "judge" and "judge" in results["policies"]["dpo"]["figures"]
     assert "OOD" not in results["rms"]["rm0"]["accuracy"] and "ood" not in results["prompts"]
-    assert f"The judge is a reward model, {run / 'judge' / 'rm'}" in text
-    assert f"labels of {report.show(results['ceiling'])} % of 24 held-out pairs" in text
+    assert f"what the judge says: the reward model {run / 'judge' / 'rm'}" in text
+    assert f"{report.show(results['ceiling'])} % of 24 held-out pairs" in text
     text = text.replace("gold_over_kl", "").replace("gold labels", "")  # a file; what is left out
     assert "gold" not in text.lower()
 
 
-def test_a_report_that_fails_leaves_no_results(fake_run, monkeypatch):
-    run, _ = fake_run
-    evaluated(run)
-    monkeypatch.setattr(report, "report", None)
-    with pytest.raises(TypeError):  # a reader's own mistake keeps its traceback
-        report.main(["--run", str(run), "--tie", "0.5"])
-    assert not (run / "results.json").exists()  # the old one would vouch for other pictures
-
-
 def refused(capsys, *argv, words):
     """One line on stderr, with these words in it, and the status of a mistake."""
-    capsys.readouterr()
     assert report.main([str(option) for option in argv]) == 2
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and all(str(word) in error for word in words), error
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in error and all(str(word) in error for word in words), error
 
 
 def test_a_shortened_run_and_missing_parts(fake_run, tmp_path, capsys):
@@ -370,7 +317,6 @@ def test_a_shortened_run_and_missing_parts(fake_run, tmp_path, capsys):
     (run / "ppo-1" / "policy" / "rollouts.jsonl").unlink()
     results, _ = evaluated(run)
     assert list(results["policies"]) == ["sft", "ppo-1"] and list(results["rms"]) == ["rm0"]
-    refused(capsys, "--run", run, "--k", 1, words=["--k 1"])
     refused(capsys, "--runs", f"{run},{tmp_path / 'nowhere'}", words=["nowhere/results.json"])
     (run / "data" / "prompts-test.jsonl").unlink()
     refused(capsys, "--run", run, words=["prompts-test.jsonl"])
@@ -379,12 +325,11 @@ def test_a_shortened_run_and_missing_parts(fake_run, tmp_path, capsys):
 def test_tables_over_seeds(tmp_path, capsys):
     """Mean ± SD over the runs that have a figure; one of them has a round less."""
     for seed, (gold, win) in enumerate([(0.5, 40.0), (0.7, 60.0)]):
-        policies = {}
-        for name in ("sft", "ppo-1", "ppo-2")[: 3 - seed]:
-            against = {"SFT": {"win": win, "tie": 20.0, "lose": 10.0}} if name != "sft" else {}
-            policies[name] = {"figures": {"gold": gold, "KL": None}, "against": against}
-        row = {"before": None, "after": None if seed else 12.0, "criterion": f"> {seed}"}
-        row["holds"] = None if seed else True
+        policies = {"sft": {"figures": {"gold": gold, "KL": None}, "against": {}}}
+        for name in ("ppo-1", "ppo-2")[: 2 - seed]:
+            against = {"SFT": {"win": win, "tie": 20.0, "lose": 10.0}}
+            policies[name] = policies["sft"] | {"against": against}
+        row = {"before": None, "criterion": f"> {seed}", "holds": None if seed else True}
         rms = {"rm0": {"accuracy": {"D, noisy": 60.0 + seed}, "shifted": {"J": 0.4}}}
         results = {"by": "gold", "criteria": {"J": row}, "policies": policies, "rms": rms}
         (tmp_path / str(seed)).mkdir()
@@ -392,16 +337,12 @@ def test_tables_over_seeds(tmp_path, capsys):
     assert report.main(["--runs", f"{tmp_path}/0,{tmp_path}/1"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row for row in rows if "---" not in row] == [
-        *["|  | after | holds |", "| J | 12.0 | 1 of 1 |"],
-        *["|  | gold |", "| SFT | 0.600 ± 0.141 |"],
+        *["|  | holds |", "| J | 1 of 1 |", "|  | gold |", "| SFT | 0.600 ± 0.141 |"],
         *["| PPO on RM0, round 1 | 0.600 ± 0.141 |", "| PPO on RM0, round 2 | 0.500 |"],
         *["|  | SFT |", "| PPO on RM0, round 1 | 40.0 ± 14.1 |"],  # wins less losses
         *["| PPO on RM0, round 2 | 30.0 |", "|  | D, noisy |", "| RM0 | 60.5 ± 0.707 |"],
         *["|  | J |", "| RM0 | 0.400 ± 0.000 |"],
     ]
-
-
-# -------------------------------------------------------------------- two policies; KL; the answers
 
 
 def test_an_rm_judges_two_policies(fake_run, tmp_path, capsys):
@@ -418,10 +359,8 @@ def test_an_rm_judges_two_policies(fake_run, tmp_path, capsys):
         assert [answer["output"] for answer in answers] == [group[0] for group in groups]
         assert {answer["generator"] for answer in answers} == {f"{run}/{name}"}
         assert f"\n\nHuman: {answers[0]['instruction']}\n\nAssistant:" == PROMPTS["test"][0]
-    by_hand = report.win_tie_lose(*rewards, 0.25 * np.std(rewards))
+    by_hand = report.win_tie_lose(*np.array(rewards), 0.25 * np.std(rewards))
     assert {side: found[side] for side in by_hand} == pytest.approx(by_hand)
-    assert report.main(["--policies", f"{run}/sft,{run}/sft", *argv, f"{tmp_path}/aa"]) == 0
-    assert data.read_jsonl(tmp_path / "aa" / "results.json")[0]["tie"] == 100
     refused(capsys, "--policies", "a,b", *argv, tmp_path / "ab", words=["ab", "exists"])
     refused(capsys, "--policies", "a", *argv, tmp_path / "x", words=["--policies", "A,B"])
 
@@ -430,21 +369,18 @@ def test_kl_is_the_plain_loop(tmp_path):
     """Text by text and token by token, without padding or batches."""
     policy, tokenizer = ppo.load_policy(make_policy(tmp_path / "a", seed=1))
     reference, _ = ppo.load_policy(make_policy(tmp_path / "b", seed=2))
-    prompts, longest = ["Human: my phone", "help"], 5
+    prompts, longest, total = ["Human: my phone", "help"], 5, 0.0
     groups = [[" Sorry", ""], [" we will send a new phone today", " thank you"]]
-    total, cut = 0.0, 0
-    for prompt, group in zip(prompts, groups, strict=True):
-        for text in group:
-            prompt_ids, response_ids = rm.encode(tokenizer, prompt, text)
-            cut += len(response_ids) > longest
-            ids = prompt_ids + response_ids[:longest]  # a response cut off there has no EOS
-            for model, sign in ((policy, 1), (reference, -1)):
-                logits = model(torch.tensor([ids])).logits[0] / 0.7
-                logprobs = torch.log_softmax(logits.double(), dim=-1)
-                for i in range(len(prompt_ids), len(ids)):
-                    total += sign * logprobs[i - 1, ids[i]].item()
+    for prompt, text in zip(np.repeat(prompts, 2), sum(groups, []), strict=True):
+        prompt_ids, response_ids = rm.encode(tokenizer, str(prompt), text)
+        ids = prompt_ids + response_ids[:longest]  # a response cut off there has no EOS
+        for model, sign in ((policy, 1), (reference, -1)):
+            logits = model(torch.tensor([ids])).logits[0] / 0.7
+            logprobs = torch.log_softmax(logits.double(), dim=-1)
+            for i in range(len(prompt_ids), len(ids)):
+                total += sign * logprobs[i - 1, ids[i]].item()
     found = report.kl_to(policy, tokenizer, reference, prompts, groups, 0.7, longest)
-    assert cut and found == pytest.approx(total / 4, abs=1e-5)
+    assert found == pytest.approx(total / 4, abs=1e-5)
     assert report.kl_to(policy, tokenizer, policy, prompts, groups) == 0
 
 

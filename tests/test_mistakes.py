@@ -5,31 +5,29 @@ Nothing is left at --out, nothing else is changed. A bug of the reader's keeps i
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import transformers
 from conftest import make_pairs, make_policy, write_rows
 from safetensors.torch import load_file, save_file
 
-import data
 import eval as report
 import metarm
 import ppo
 import rm
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {"data.py": data, "rm.py": rm, "metarm.py": metarm, "ppo.py": ppo, "eval.py": report}
+MODULES = {"rm.py": rm, "metarm.py": metarm, "ppo.py": ppo}
 
 # A sound command of each kind. A mistake is what is added to it: the last word counts.
 TRAIN = "--model policy --data pairs.jsonl --batch_size 8 --lr 1e-3"
 SOUND = {
-    "data.py label": "--samples toy.jsonl",
     "rm.py": TRAIN,
     "metarm.py": f"{TRAIN} --meta meta.jsonl --meta_batch_size 8 --eta 0.1 --normalize",
     "ppo.py sft": TRAIN,
@@ -41,18 +39,13 @@ SOUND = {
 MISTAKES = [  # (command, what is added to it, what the line must say)
     # the command line
     ("rm.py", "--learning_rate 1", "--learning_rate"),
-    ("rm.py", "--lr fast", "--lr"),
     ("metarm.py", "--order second", "second"),
     ("metarm.py", "--eta -0.1", "eta"),
     # files
     ("rm.py", "--data pears.jsonl", "pears.jsonl"),
     ("rm.py", "--data broken.jsonl", "broken.jsonl, line 2"),
     ("rm.py", "--data no-key.jsonl", 'no-key.jsonl, line 2.*"rejected"'),
-    ("rm.py", "--data number.jsonl", 'number.jsonl, line 1.*"chosen"'),
-    ("ppo.py sample", "--prompts question.jsonl", 'question.jsonl, line 1.*"prompt"'),
     ("metarm.py", "--meta one.jsonl", "one.jsonl, line 1.*k >= 2"),
-    ("metarm.py", "--meta uneven.jsonl", "uneven.jsonl, line 2.*k"),
-    ("data.py label", "--samples meta.jsonl", "meta.jsonl|prompt"),
     ("rm.py", "--batch_size 99", "24 rows.*--batch_size"),
     ("metarm.py", "--meta_batch_size 99", "24 .*--meta_batch_size"),
     ("rm.py", "--data long.jsonl", "long.jsonl, row 2: .* 128 positions.*--max_length"),
@@ -86,10 +79,7 @@ def world(tmp_path_factory):
         "pairs": pairs,
         "meta": [{"prompt": x["prompt"], "responses": [x["chosen"], " no"]} for x in pairs],
         "no-key": [pairs[0], {"prompt": "a", "chosen": "b"}],
-        "number": [{"prompt": "a", "chosen": 1, "rejected": 2}],
-        "question": [{"question": "a"}],
         "one": [{"prompt": "a", "responses": ["b"]}],
-        "uneven": [{"prompt": "a", "responses": list("bc"[:k]) + ["d"]} for k in (1, 2)],
         "long": [pairs[0], long, *pairs[1:]],
     }.items():
         write_rows(w / f"{name}.jsonl", rows)
@@ -149,26 +139,19 @@ def test_mistakes_of_the_report(tmp_path, capfd):
         check_told("eval.py", capfd.readouterr().err, "--run|nowhere")
 
 
-@pytest.mark.parametrize("added", ["--model nan", "--lr fast"])
-def test_from_the_shell(world, tmp_path, added):
-    module, argv = argv_of("rm.py", added, tmp_path)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, ROOT / module, *argv], cwd=world, capture_output=True, text=True, env=env
-    )
+def test_from_the_shell(world, tmp_path):
+    module, argv = argv_of("rm.py", "--model nan", tmp_path)
+    command = [sys.executable, ROOT / module, *argv]
+    done = subprocess.run(command, cwd=world, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    check_told(module, done.stderr, added.split()[0][2:] + "|nan")
+    check_told(module, done.stderr, "nan: .*NaN")
 
 
 @pytest.mark.parametrize("bug", [TypeError, ValueError])
 def test_a_bug_of_the_readers_keeps_its_traceback(world, tmp_path, monkeypatch, bug):
     """People are meant to edit this code. What they broke they want to see."""
-
-    def difference_loss(rewards):
-        raise bug("edited")
-
     monkeypatch.chdir(world)
-    monkeypatch.setattr(metarm, "difference_loss", difference_loss)
+    monkeypatch.setattr(metarm, "difference_loss", mock.Mock(side_effect=bug("edited")))
     module, argv = argv_of("metarm.py", "", tmp_path)
     with pytest.raises(bug, match="edited"):
         metarm.main(argv)

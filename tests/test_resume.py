@@ -1,7 +1,5 @@
 """A stage that is cut off in the middle ends as if it had not been: same weights, same logs."""
 
-import shutil
-
 import pytest
 import torch
 from conftest import make_pairs, make_policy, write_rows
@@ -54,9 +52,7 @@ def cut_off(monkeypatch, module, options, out) -> None:
 
 
 @pytest.mark.parametrize("name", ["rm", "metarm", "sft", "dpo", "ppo"])
-def test_interrupted_and_resumed_equals_uninterrupted(
-    commands, name, tmp_path, monkeypatch, capsys
-):
+def test_cut_off_and_resumed_equals_whole(commands, name, tmp_path, monkeypatch, capsys):
     module, options = commands[name]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert module.main([*options.split(), "--out", f"{whole}"]) == 0
@@ -101,12 +97,8 @@ def test_logs_are_cut_back_by_lines_of_the_file(tmp_path):
 @pytest.mark.parametrize("name", ["rm", "metarm", "sft", "dpo"])
 def test_a_diverged_run_leaves_its_log(commands, name, tmp_path, capsys):
     module, options = commands[name]
-    argv = [*options.split(), "--out", f"{tmp_path}/x", "--lr", "1e30"]
-    argv.remove("--checkpoint_minutes"), argv.remove("0")
-    assert module.main(argv) == 2
+    assert module.main([*options.split(), "--out", f"{tmp_path}/x", "--lr", "1e30"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "nan" in error.lower() and "lower" in error and f"{tmp_path}/x" in error
     assert not (tmp_path / "x").exists()
-    log = data.read_jsonl(tmp_path / "x.partial/log.jsonl")
-    assert log and log[0]["step"] == 0
-    shutil.rmtree(tmp_path / "x.partial")
+    assert data.read_jsonl(tmp_path / "x.partial/log.jsonl")[0]["step"] == 0

@@ -9,13 +9,12 @@ import re
 import runpy
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_pairs, make_policy, write_rows
+from conftest import ARCHITECTURES, make_pairs, make_policy, vector, write_rows
 
 import metarm
 import rm
@@ -26,20 +25,17 @@ SNIPPET = r"<!-- snippet: ([\w-]+) -->\n```python\n(.*?)```\n"
 SNIPPETS = dict(re.findall(SNIPPET, (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL))
 
 
-def vector(tensors):
-    tensors = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
-    return torch.cat([t.detach().flatten() for t in tensors])
-
-
 def run(code, file="README.md", **forced):
-    """Runs code as it stands, but with other options of the step; returns its variables."""
+    """Runs code in float64, with other options of the step; returns its variables."""
     variables = {"__name__": "__main__", "__file__": str(file)}
     lookahead, metarm_step = metarm.lookahead, metarm.metarm_step
     metarm.lookahead = lambda *args, **options: lookahead(*args, **options | forced)
     metarm.metarm_step = lambda *args, **options: metarm_step(*args, **options | forced)
+    torch.set_default_dtype(torch.float64)
     try:
         exec(compile(code, file, "exec"), variables)
     finally:
+        torch.set_default_dtype(torch.float32)
         metarm.lookahead, metarm.metarm_step = lookahead, metarm_step
     return variables
 
@@ -48,70 +44,18 @@ def plain_loop(**forced):
     return vector(run(SNIPPETS["plain-loop"], **forced)["model"].parameters())
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def test_these_comparisons_can_fail(float64):
-    ends = [plain_loop(normalize=True), plain_loop(normalize=False), plain_loop(eta=0.0)]
-    assert min((a - b).abs().max() for a, b in zip(ends, ends[1:], strict=False)) > 1e-6
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_lookahead_in_the_readme(normalize, float64):
+def test_lookahead_in_the_readme():
     definitions, _ = SNIPPETS["plain-loop"].split("for step")
-    end = run(definitions + SNIPPETS["plain-lookahead"], normalize=normalize)["model"].parameters()
-    expected = plain_loop(normalize=normalize)
-    torch.testing.assert_close(vector(end), expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_grad_scaler(normalize, float64):
-    has = run(SNIPPETS["plain-loop"].split("for step")[0])
-    model, optimizer, L, J = has["model"], has["optimizer"], has["L"], has["J"]
-    scaler = torch.amp.GradScaler("cpu")
-    for _ in range(3):
-        X_t, X_s = torch.randn(8, 2, 6), torch.randn(4, 5, 6)
-        optimizer.zero_grad()
-        scaler.scale(J(model, X_s)).backward()
-        # .grad is scale * grad J: divide eta by the scale, but not that of a normalised step.
-        eta = 0.1 if normalize else 0.1 / scaler.get_scale()
-        with metarm.lookahead(model, eta, normalize):
-            scaler.scale(L(model, X_t)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    end = vector(model.parameters())
-    torch.testing.assert_close(end, plain_loop(normalize=normalize), rtol=0, atol=1e-12)
-
-    # One infinite entry of grad J before the tanh: the loss stays finite, the step is skipped.
-    scaler.scale(J(model, X_s)).backward()
-    model[0].weight.grad[2, 3] = torch.inf
-    with metarm.lookahead(model, eta, normalize):
-        scaler.scale(L(model, X_t)).backward()
-    scaler.step(optimizer)
-    assert torch.equal(vector(model.parameters()), end)
+    for normalize in (False, True):
+        has = run(definitions + SNIPPETS["plain-lookahead"], normalize=normalize)
+        end, expected = vector(has["model"].parameters()), plain_loop(normalize=normalize)
+        torch.testing.assert_close(end, expected, rtol=0, atol=1e-12)
+        # What these files compare can differ.
+        for other in ({"normalize": not normalize}, {"eta": 0.0}):
+            assert (plain_loop(**{"normalize": normalize} | other) - expected).abs().max() > 1e-6
 
 
 # ---------------------------------------------------------------------------------- two processes
-
-
-@contextmanager
-def lookahead_with_traps(model, x, eta, normalize):
-    """lookahead after an exception in a first attempt, with forwards that have no backward."""
-    gradients = [p.grad.clone() for p in model.parameters()]
-    with pytest.raises(KeyError), metarm.lookahead(model, eta, normalize):
-        model(x)
-        raise KeyError
-    for p, gradient in zip(model.parameters(), gradients, strict=True):
-        p.grad = gradient
-    model(x)
-    with metarm.lookahead(model, eta, normalize):
-        model(x)
-        yield
-        model(x)
 
 
 def gpt2(kind, normalize, rank=0, world=1):
@@ -119,9 +63,9 @@ def gpt2(kind, normalize, rank=0, world=1):
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    dropout = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
-    config = transformers.GPT2Config(num_labels=1, pad_token_id=0, **sizes, **dropout)
+    config = ARCHITECTURES["gpt2"](40)
+    config.num_labels, config.pad_token_id = 1, 0
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     model = wrapped = transformers.GPT2ForSequenceClassification(config).double()
     if kind:
         model.gradient_checkpointing_enable()
@@ -131,6 +75,10 @@ def gpt2(kind, normalize, rank=0, world=1):
     elif kind == "fsdp2":
         for module in [*model.transformer.h, model]:
             dist.fsdp.fully_shard(module, mesh=dist.device_mesh.init_device_mesh("cpu", (world,)))
+    if kind:  # called at other parameters, it would not average: the processes would drift apart
+        for net in (wrapped, torch.nn.Sequential(wrapped), torch.compile(wrapped)):
+            with pytest.raises(ValueError, match="one set of parameters; use metarm.lookahead"):
+                metarm.adapted_parameters(net, lambda forward: forward(torch.ones(1, 9)), 0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(3):
         pairs, samples = torch.randint(1, 40, (4, 2, 9)), torch.randint(1, 40, (4, 3, 9))
@@ -148,8 +96,17 @@ def gpt2(kind, normalize, rank=0, world=1):
             continue
         optimizer.zero_grad()
         J(wrapped).backward()
-        with lookahead_with_traps(wrapped, X_t, 0.1, normalize):
+        gradients = [p.grad.clone() for p in model.parameters()]
+        with pytest.raises(KeyError), metarm.lookahead(wrapped, 0.1, normalize):
+            wrapped(X_t)
+            raise KeyError  # a first attempt that fails
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            p.grad = gradient
+        wrapped(X_t)  # forwards without a backward, at theta and at theta'
+        with metarm.lookahead(wrapped, 0.1, normalize):
+            wrapped(X_t)
             L(wrapped).backward()
+            wrapped(X_t)
         optimizer.step()
     return vector(model.parameters())
 
@@ -160,15 +117,13 @@ def under_torchrun(folder):
     worst = {}
     for kind in ("ddp", "fsdp2"):
         file = TRAINERS / f"{kind}.py"
-        for forced in ({}, {"normalize": False}):
-            torch.set_default_dtype(torch.float64)
-            end = run(file.read_text(encoding="utf-8"), file, **forced)["model"].parameters()
-            worst[f"{kind} {forced}"] = vector(end) - plain_loop(**forced)
+        for normalize in (True, False):
+            has = run(file.read_text(encoding="utf-8"), file, normalize=normalize)
+            end, expected = vector(has["model"].parameters()), plain_loop(normalize=normalize)
+            worst[f"{kind} {normalize}"] = end - expected
             dist.init_process_group = lambda backend: None  # the first script has joined for all
-            torch.set_default_dtype(torch.float32)  # transformers makes its own choice
-            normalize = forced.get("normalize", True)
-            end = gpt2(kind, normalize, dist.get_rank(), 2)
-            worst[f"GPT-2 {kind} {normalize}"] = end - gpt2(None, normalize)
+            end, expected = gpt2(kind, normalize, dist.get_rank(), 2), gpt2(None, normalize)
+            worst[f"GPT-2 {kind} {normalize}"] = end - expected
 
     fsdp1 = dist.fsdp.FullyShardedDataParallel(torch.nn.Linear(6, 1), device_id="cpu")
     fsdp1(torch.ones(2, 6)).sum().backward()
@@ -232,12 +187,11 @@ def test_trl(toy_run, monkeypatch):
     def trainer(model, normalize, **options):
         options |= {"lr_scheduler_type": "constant", "learning_rate": 1e-3, "optim": "adamw_torch"}
         options |= {"bf16": False, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-        config = script["RewardConfig"](
-            "runs/trl-2", max_steps=3, per_device_train_batch_size=4, **options
-        )
-        options = {"args": config, "processing_class": tokenizer, "samples": script["S"]}
-        options |= {"train_dataset": script["Dataset"].from_list(script["D"])}
-        return script["MetaRewardTrainer"](model, eta=0.1, normalize=normalize, **options)
+        options |= {"max_steps": 3, "per_device_train_batch_size": 4}
+        of_S = {"eta": 0.1, "normalize": normalize, "samples": script["S"]}
+        config, D = script["RewardConfig"]("x", **options), script["Dataset"].from_list(script["D"])
+        trl = script["MetaRewardTrainer"]
+        return trl(model, args=config, train_dataset=D, processing_class=tokenizer, **of_S)
 
     # A batch is all of D and all of S, so the order in which they are drawn does not matter.
     for normalize in (False, True):
