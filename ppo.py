@@ -1,9 +1,10 @@
 r"""The policy: SFT, DPO, PPO and sampling.
 
 Concept: iterative RLHF. PPO moves a policy towards what a reward model (RM) likes, and a KL penalty
-holds it back to where it started, SFT. MetaRM changes the RM between two such rounds, and nothing
-in this file. What PPO needs in practice is named where it happens: [per-token KL] [reward scaling]
-[missing-EOS penalty] [advantage whitening] [value head] [clipping] [epochs] [float32 logits].
+holds it back to a reference (`ref_policy`; in run.sh always SFT). MetaRM changes the RM between two
+rounds, not PPO. What PPO needs in practice is named where it happens: [per-token KL]
+[reward scaling] [missing-EOS penalty] [advantage whitening] [value head] [clipping] [epochs]
+[float32 logits].
 
     python ppo.py sft --model runs/toy/data/model --data runs/toy/data/sft.jsonl --out runs/toy/sft
     python ppo.py dpo --model runs/toy/sft --data runs/toy/pairs/train.jsonl --out runs/toy/dpo
@@ -13,7 +14,8 @@ in this file. What PPO needs in practice is named where it happens: [per-token K
 
 They write a model folder and `log.jsonl`, ppo `rollouts.jsonl` too; sample writes `samples.jsonl`.
 
-Shapes: b responses of t tokens; `mask` (b, t) is 1 up to and including the EOS. Logs are in nats.
+Shapes: b responses of t tokens; `mask` (b, t) is 1 up to and including the EOS. Log-probabilities
+are in nats.
 """
 
 import copy
@@ -163,7 +165,10 @@ def load_policy(path: str, vocabulary: dict | None = None):
     # The model's generation settings are saved with it. A plain `generate` has to stop at our EOS.
     settings, ends = model.generation_config, end_ids(model, tokenizer)
     settings.eos_token_id = ends if len(ends) > 1 else ends[0]
-    settings.validate(strict=True)  # what transformers will not save, it refuses here
+    try:
+        settings.validate(strict=True)  # what transformers would refuse to save, at the end
+    except ValueError as error:
+        raise data.Mistake(f"{path}/generation_config.json: {error!r:.200}; correct it") from error
     return model, tokenizer
 
 
@@ -321,7 +326,6 @@ class Critic(torch.nn.Module):
             torch.nn.init.zeros_(weight)
 
     def forward(self, batch: dict) -> Tensor:
-        """Returns values (b, t), each read BEFORE its response token, as the logits are."""
         return self.head(states_of(self.trunk, batch, "last_hidden_state")).float()[..., 0]
 
 
@@ -343,7 +347,7 @@ def rollout(args, models, asked: list[tuple[str, list[int]]]):
         ref_logprobs = torch.cat([response_logprobs(ref_policy, part, t) for part in parts])
         old_values = torch.cat([critic(part) for part in parts])
     # [missing-EOS penalty] A response cut off at the limit was never finished. Without a penalty,
-    # the policy learns to ramble on: the RM rarely saw an unfinished text, and is no judge of it.
+    # the policy learns to ramble on: the RM rarely saw an unfinished text, and scores it badly.
     ends = end_ids(policy, tokenizer)
     ended = torch.tensor([row[-1] in ends for row in responses], device=device)
     scores = (raw_scores.to(device) - shift) / scale - args.missing_eos_penalty * (~ended)
@@ -353,6 +357,9 @@ def rollout(args, models, asked: list[tuple[str, list[int]]]):
     figures = {
         "objective/kl": (old_logprobs - ref_logprobs).sum(1).mean().item(),
         "objective/scores": scores.mean().item(),
+        "objective/raw_scores": raw_scores.mean().item(),
+        "objective/rlhf_reward": rewards.sum(1).mean().item(),
+        "objective/entropy": -old_logprobs.sum(1).mean().item(),
         "val/mean_length": batch["mask"].sum(1).float().mean().item(),
         "val/ended": ended.float().mean().item(),
     }
@@ -364,8 +371,8 @@ def rollout(args, models, asked: list[tuple[str, list[int]]]):
 def update(args, policy, critic, optimizer, batch: dict) -> dict[str, float]:
     """Takes the optimizer steps of one batch of rollouts; returns their mean losses."""
     stats = []
-    # [epochs] Several passes over the same rollouts: the clipping keeps that honest. A prompt's
-    # rollouts stay together, so that the prompt is read once.
+    # [epochs] Several passes over the same rollouts; clipping limits how far they move the policy.
+    # A prompt's rollouts stay together, so that the prompt is read once.
     by_prompt = torch.arange(len(batch["mask"])).view(-1, args.rollouts_per_prompt)
     for _ in range(args.ppo_epochs):
         order = by_prompt[torch.randperm(len(by_prompt))].flatten().to(policy.device)
@@ -379,20 +386,23 @@ def update(args, policy, critic, optimizer, batch: dict) -> dict[str, float]:
                     values = critic(part)
                 pg = policy_loss(logprobs, old_logprobs, part["advantages"], mask, args.clip_range)
                 vf = value_loss(values, part["old_values"], part["returns"], mask, args.value_clip)
-                # Weighted by tokens, the micro-batches add up to the minibatch's masked mean. No
-                # parameter is in both losses, so a weight on vf would change nothing.
+                # Weighted by tokens, the micro-batches add up to the minibatch's masked mean. The
+                # losses share no parameter, and each model is clipped alone: vf needs no weight.
                 share = mask.sum() / batch["mask"][rows].sum()
                 ((pg + vf) * share).backward()
                 # How far the policy has moved: approximate KL, and the share that was clipped.
                 log_ratio = logprobs - old_logprobs
                 clipped = ((log_ratio.exp() - 1).abs() > args.clip_range).float()
-                moved = [masked_mean(0.5 * log_ratio**2, mask), masked_mean(clipped, mask)]
-                stats[-1] += share * torch.stack([pg, vf, *moved]).detach()
+                value_clipped = ((values - part["old_values"]).abs() > args.value_clip).float()
+                moved = (0.5 * log_ratio**2, clipped, value_clipped)
+                means = [pg, vf, *(masked_mean(x, mask) for x in moved)]
+                stats[-1] += share * torch.stack(means).detach()
             for model in (policy, critic):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
     names = ["loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg"]
+    names += ["val/clipfrac_avg"]
     return dict(zip(names, torch.stack(stats).mean(dim=0).tolist(), strict=True))
 
 
@@ -413,7 +423,7 @@ def ppo(args, work: Path) -> None:
 
     def reward_of(prompts, texts):
         texts, limit = list(texts), rm.positions(reward_model)
-        # Babble can be longer as a text than it was when sampled: the RM reads what it can.
+        # Read as text, a response can have more tokens than were sampled. The RM reads what fits.
         for i, prompt in enumerate(prompts):
             while sum(map(len, rm.encode(rm_tokenizer, prompt, texts[i]))) > limit:
                 texts[i] = texts[i][:-1]

@@ -301,7 +301,7 @@ def test_sft_and_ppo_write_what_happened(world, tmp_path):
     log = data.read_jsonl(tmp_path / "ppo/log.jsonl")
     kl = [row["objective/kl"] for row in log]
     assert len(log) == 3 and abs(kl[0]) < 1e-4 < abs(kl[2])
-    assert all(map(math.isfinite, log[2].values())) and len(log[2]) == 9
+    assert all(map(math.isfinite, log[2].values())) and len(log[2]) == 13
     rollouts = data.read_jsonl(tmp_path / "ppo/rollouts.jsonl")
     prompts = data.read_prompts(world / "pairs.jsonl")
     assert set(rollouts[0]["prompts"]) <= set(prompts[8:])  # the first 8 only scale the reward
