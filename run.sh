@@ -2,7 +2,7 @@
 # MetaRM from nothing to a report (Linux and macOS):
 #   bash run.sh           the toy preset: no GPU, no downloads; writes runs/toy/report.md and its pictures
 #   bash run.sh hh        real data, one GPU: HH-RLHF harmless-base and SmolLM2-135M, both from the Hugging Face hub
-#   bash run.sh hh-smoke  the same with a few steps per stage, to try your own model, data and GPU memory
+#   bash run.sh hh-smoke  one round, two PPO steps: does my model, and a small --data file, run and fit into memory?
 #   bash run.sh smoke     the toy loop cut to about a minute, in a temporary folder unless --run names one
 #   bash run.sh test      format, lint and tests; further options go to pytest
 #   bash run.sh study     the evidence, many hours: docs/study/README.md; and bench, the speed: docs/bench/README.md
@@ -12,7 +12,7 @@
 # Interrupted? The same command goes on: finished stages are skipped, a long one resumes from its last checkpoint.
 # PYTHON=/path/to/python bash run.sh ... uses that interpreter as it is, instead of making .venv.
 #
-# One round r of the paper's iterative RLHF. D is labelled once and never added to.
+# One round r of the paper's iterative RLHF (policy 0 is SFT's). D is labelled once and never added to.
 #   policy r-1 --sample, k = 5--> S --+
 #                                     +--Algorithm 1--> RM r --PPO, KL to SFT--> policy r --> next round
 #            D (labelled pairs) ------+
@@ -53,8 +53,8 @@ while [ $# -gt 0 ]; do
 done
 setup .venv requirements.txt
 
-# The run folder. One run at a time: every process below inherits the open file 9 and the lock on it, which ends with the
-# last of them. Finished stages are skipped, so the folder belongs to one set of options and one state of the code.
+# The run folder. One run at a time: all processes below share the open file 9 and its lock, until the last one ends.
+# Finished stages are skipped, so the folder belongs to one set of options and one state of the code.
 if [ "$preset$run" = smoke ]; then scratch=$(mktemp -d) run=$scratch/smoke; fi
 trap 'kill -- $(jobs -rp | sed s/^/-/) 2> /dev/null || true; [ -z "$scratch" ] || rm -rf "$scratch"' EXIT
 mkdir -p "${run:=runs/$preset}"
@@ -68,7 +68,7 @@ stage() { # OUT FILE.py OPTIONS...: unless OUT is there, runs FILE.py, which wri
   [ -e "$1" ] || { echo "== $1"; "$PYTHON" "${@:2}" --out "$1"; }
 }
 
-# The presets. Rollouts are not truncated (no top-p, no penalty: see ppo.py); the paper's 0.9 and 1.1 serve S in hh.
+# The presets; of an option given twice, the later one counts. Rollouts are not truncated (no top-p, no penalty: see ppo.py); the paper's 0.9 and 1.1 serve S in hh.
 case $preset in
   toy | smoke)
     pairs=$run/pairs rounds=3 k=5 world=(--seed "$seed")
@@ -84,7 +84,7 @@ case $preset in
       sft_flags+=(--epochs 1 "${often[@]}") rm_flags+=("${often[@]}") dpo_flags+=("${often[@]}")
       ppo_flags+=(--steps 2 --batch_size 16 --minibatch_size 8 --scale_prompts 16 "${often[@]}")
     fi ;;
-  hh | hh-smoke) # the paper's settings, except: a small model, --max_length 512, fewer rollouts per step
+  hh | hh-smoke) # the paper's settings, except: a small model, --max_length 512, smaller PPO batches, eta (README)
     pairs=$run/data rounds=3 k=5
     sft_flags=(--lr 2e-5 --batch_size 32 --micro_batch_size 8 --epochs 2 --max_length 512)
     rm_flags=(--lr 5e-6 --batch_size 16 --micro_batch_size 8 --max_length 512)
@@ -117,25 +117,26 @@ fi
 rm_flags+=(--model "$run/sft" --data "$pairs/train.jsonl" --eval_data "$pairs/valid.jsonl")
 ppo_flags+=(--ref_policy "$run/sft" --prompts "$run/data/prompts-${ood:+ood-}ppo.jsonl")
 
-arm() { # metarm, ppo or reseeded: rounds of PPO from the SFT policy on, which differ in the reward model only
-  local last=$run/sft r rm
+# An arm is one way to get the reward models; each has its own chain of policies, from SFT on. Seeds of a round: $seed$r.
+arm() { # metarm, ppo or reseeded
+  local last=$run/sft r reward_model
   for ((r = 1; r <= rounds; r++)); do
-    rm=$run/$1-$r/rm
+    reward_model=$run/$1-$r/rm
     case $1 in
       metarm) # S: k unlabelled responses of the last policy, a little hotter so that they differ. Then Algorithm 1 on
         # D and S, from the same initialisation and in the same order of D as RM 0 (Figure 4)
         stage "$run/metarm-$r/meta" ppo.py sample --model "$last" --prompts "$run/data/prompts-${ood:+ood-}meta.jsonl" \
           --k "$k" "${sample_flags[@]}" "${meta_sample_flags[@]}" --seed "$seed$r"
-        [ -e "$rm" ] || rm -rf "$run/metarm-$r/adapted" # of a run killed between the two
-        stage "$rm" metarm.py "${rm_flags[@]}" --meta "$run/metarm-$r/meta/samples.jsonl" "${meta_flags[@]}" \
+        [ -e "$reward_model" ] || rm -rf "$run/metarm-$r/adapted" # of a run killed between the two
+        stage "$reward_model" metarm.py "${rm_flags[@]}" --meta "$run/metarm-$r/meta/samples.jsonl" "${meta_flags[@]}" \
           --save_adapted "$run/metarm-$r/adapted" --seed "$seed" ;;
-      ppo) # vanilla RLHF: RM 0, Eq. 1 on D, in every round; the policy walks away from it
-        rm=$run/rm0
-        stage "$rm" rm.py "${rm_flags[@]}" --seed "$seed" ;;
+      ppo) # vanilla RLHF: RM 0 (Eq. 1 on D), trained once and used in every round
+        reward_model=$run/rm0
+        stage "$reward_model" rm.py "${rm_flags[@]}" --seed "$seed" ;;
       reseeded) # a plain RM with another head and order of D each round: one the policy was not optimised against
-        stage "$rm" rm.py "${rm_flags[@]}" --seed "$((1000 * r + seed))" ;;
+        stage "$reward_model" rm.py "${rm_flags[@]}" --seed "$((1000 * r + seed))" ;;
     esac
-    stage "$run/$1-$r/policy" ppo.py ppo --model "$last" --reward_model "$rm" "${ppo_flags[@]}" --seed "$seed$r"
+    stage "$run/$1-$r/policy" ppo.py ppo --model "$last" --reward_model "$reward_model" "${ppo_flags[@]}" --seed "$seed$r"
     last=$run/$1-$r/policy
   done
 }
