@@ -26,6 +26,7 @@ import rm
 ARMS = dict(sft="SFT", dpo="DPO", ppo="PPO on RM0", reseeded="reseeded RM", metarm="MetaRM")
 NAMES = ARMS | dict(rm0="RM0", oracle="gold-label RM")
 COLOURS = dict(ppo="#0072B2", reseeded="#009E73", metarm="#D55E00")
+MIN_PAIRS = 20  # no accuracy is told on fewer pairs
 TIE = 0.25  # a smaller gold gap is a tie, in SDs
 GAP_EDGES = (TIE, 0.375, 0.5, 0.75, 1, 1.5, 2, 3, np.inf)  # bins of |gold gap|, in SDs
 GAP_SHARES = np.arange(0, 0.98, 0.02)  # of |reward gap|, for the paper's Figure 5
@@ -164,6 +165,8 @@ def measure(prompts, responses, scores, rollouts, epochs, kl, by="gold") -> dict
         on_sft = scores[judge, "sft", "test"]
         return (np.asarray(rewards) - on_sft.mean()) / (on_sft.std() or 1.0)
 
+    if len(prompts["pairs"]) < MIN_PAIRS:  # too few to tell anything: 3 of 3 right is no 100 %
+        scores = {key: x * np.nan if key[2] == "pairs" else x for key, x in scores.items()}
     z = {key: in_sd(key[0], rewards) for key, rewards in scores.items()}
     names = [policy for policy, domain in responses if domain == "test"]
     last, policies, curves, examples = last_rounds(names), {}, {}, []
@@ -222,10 +225,11 @@ def criteria(results: dict) -> dict[str, dict]:
     """What must hold if RM0 went stale: {what: {"before", "after", "criterion", "holds"}}."""
     by, rms, end, found = results["by"], results["rms"], results["last"]["ppo"], {}
 
-    def add(what, was, now, sign, bound):
+    def add(what, was, now, sign, bound, lacks=f"fewer than {MIN_PAIRS} pairs"):
         holds = bool(now > bound if sign == ">" else now < bound)
-        holds = None if np.isnan([now, bound]).any() else holds
         found[what] = dict(before=was, after=now, criterion=f"{sign} {show(bound)}", holds=holds)
+        if np.isnan([now, bound]).any():
+            found[what] = dict(before=None, after=None, criterion=f"left out: {lacks}", holds=None)
 
     rm0, right = rms["rm0"], rms["rm0"]["accuracy"]
     fresh = rms["oracle"]["accuracy"] if "oracle" in rms else dict.fromkeys(right, np.nan)
@@ -235,14 +239,15 @@ def criteria(results: dict) -> dict[str, dict]:
     was, now = right["SFT for shifted"], right["shifted"]
     add(f"RM0 right on answers at the same gap by {by}, %", was, now, "<", was - 10)
     was, then = fresh["SFT for shifted"], fresh["shifted"]
-    add("a new RM, trained on gold labels there, %", was, then, ">", now + 5)
+    lacks = "no such RM, or few pairs"
+    add("a new RM, trained on gold labels there, %", was, then, ">", now + 5, lacks)
     names = "J of RM0", "variance of RM0's reward difference, SD²", f"the same over that by {by}"
     for key, what in zip(("J", "variance, SD²", "ratio"), names, strict=True):
         add(what, rm0["sft"][key], rm0["shifted"][key], "<", rm0["sft"][key])
     sft, first, last = (results["policies"][name]["figures"] for name in ("sft", "ppo-1", end))
     add("reward predicted by RM0, SD above SFT", sft["RM"], last["RM"], ">", sft["RM"])
     bound = first[by] + 0.1 if end != "ppo-1" else np.nan
-    add(f"{by} reward, SD (before: round 1)", first[by], last[by], "<", bound)
+    add(f"{by} reward, SD (before: round 1)", first[by], last[by], "<", bound, "one round only")
     add("mean length, words", sft["words"], last["words"], ">", sft["words"] / 2)
     add("distinct responses, share", sft["distinct"], last["distinct"], ">", 0.5)
     return found
@@ -484,6 +489,8 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
 
 def evaluate(args) -> None:
     """--run. results.json comes last, as it vouches for the rest; six digits, null for NaN."""
+    if args.k < 2:
+        raise data.Mistake(f"--k {args.k}: a difference between responses needs at least 2 of them")
     run, arms = Path(args.run), [f"{arm}-{r}" for arm in COLOURS for r in range(1, 100)]
     policies = {x: run / x for x in ("sft", "dpo")} | {x: run / x / "policy" for x in arms}
     models = {"rm0": run / "rm0"} | {x: run / x / "rm" for x in ("oracle", *arms)}

@@ -455,6 +455,7 @@ def ppo(args, work: Path) -> None:
         figures |= update(args, policy, critic, optimizer, batch)
         if not all(map(math.isfinite, figures.values())):
             raise data.Mistake(f"--out {args.out}: NaN at PPO step {step}; lower --lr, --critic_lr")
+        # Write down what happened, and how to go on from here.
         said = {"prompts": [items[i][0] for i in drawn]}
         said["responses"] = [texts[i : i + g] for i in range(0, len(texts), g)]
         said["scores"] = raw_scores.view(-1, g).tolist()

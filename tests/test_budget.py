@@ -7,12 +7,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {
-    "metarm.py": 400,
-    "rm.py": 440,
-    "ppo.py": 560,
-    "data.py": 650,
-    "eval.py": 550,
-    "run.sh": 170,
+    "metarm.py": 465,
+    "rm.py": 545,
+    "ppo.py": 575,
+    "data.py": 675,
+    "eval.py": 560,
+    "run.sh": 171,
     "README.md": 260,
     "docs/by_hand.py": 60,
 }
@@ -34,9 +34,9 @@ def test_a_file_is_no_longer_than_its_budget(name):
 
 
 def test_sums():
-    assert sum(len(lines_of(name)) for name in list(BUDGETS)[:5]) <= 2600
+    assert sum(len(lines_of(name)) for name in list(BUDGETS)[:5]) <= 2810
     tests = [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests").glob("*.sh")]
-    assert sum(len(lines_of(path)) for path in tests) <= 3000
+    assert sum(len(lines_of(path)) for path in tests) <= 3250
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
