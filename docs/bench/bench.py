@@ -10,7 +10,7 @@ and saving count on neither side.
     bash run.sh bench --data FILE      with preference rows of HH-RLHF that are here already
     bash run.sh bench --only scoring   measures one part anew
 
-writes the table of README.md and, with the times of every turn, results.json. About 15 minutes.
+writes the table of README.md and, with the times of every turn, results.json. About ten minutes.
 """
 
 import importlib.metadata
@@ -211,7 +211,7 @@ def meta_step(args, box):
         # Per token of D 3 passes; per token of S 3 or, to differentiate through these, 9.
         least, goal = 3 - 2 * tokens_of_D / tokens, "≤ 2.2" if X_t is not D else ""
         what = f"First-order step, {case} ({tokens} tokens)"
-        other = f"its tokens at a plain step's cost: {median(cost):.2f} s"
+        other = f"its tokens in plain steps: {median(cost):.2f} s"
         rows.append(row(what, at["first"], other, first, cost, 1.0, "≤ 1.15"))
         what, other = f"Exact ÷ first order, {case}", f"first order: {at['first']}"
         rows.append(row(what, at["exact"], other, exact, first, least, goal))
@@ -233,11 +233,11 @@ def memory(args, box):
     sides["plain"]()  # AdamW makes its moments in its first step
     peak = {x: 3 * parameters + peak_bytes(step) / 2**20 for x, step in sides.items()}
     budget = peak["plain"] + 2 * parameters
-    other = f"plain step ({peak['plain']:.0f}) + copy + gradient: {budget:.0f} MiB"
-    texts = {"first": "Peak memory, first order, S in 2 micro-batches", "exact": "– exact order"}
-    texts |= {"torchopt": "– torchopt"}
-    rows = [row(texts[x], f"{peak[x]:.0f} MiB", other, [peak[x]], [budget]) for x in texts]
-    rows[0]["goal"] = "≤ 1.10"
+    other = f"plain step + copy + gradient: {budget:.0f} MiB"
+    texts = {"first": "Peak memory of a first-order step", "exact": "– of an exact step"}
+    texts |= {"torchopt": "– of torchopt's"}
+    rows = [row(texts[x], f"{peak[x]:.0f} MiB", "the same", [peak[x]], [budget]) for x in texts]
+    rows[0] |= {"other": other, "goal": "≤ 1.10"}
     return rows, peak
 
 
@@ -300,7 +300,7 @@ def ppo_iteration(args, box, what, model, prompts, rollouts, minibatch, steps):
         return RLOOTrainer(str(model), reader(box / "rm"), config, **tools)
 
     sides = {"ppo": lambda: their_loop(ppo_trainer), "rloo": lambda: their_loop(rloo_trainer)}
-    found = in_turn(args.turns, warm_up=False, ours=ours, **sides)
+    found = in_turn(args.turns, ours=ours, **sides)
     measured = (rollouts * steps, "samples", found, "ours")
     ppo_row = speed(f"PPO, {what}", *measured, "ppo", "TRL PPOTrainer", "≥ 2")
     return [ppo_row, speed("– RLOO has no critic", *measured, "rloo", "TRL RLOOTrainer")], found
