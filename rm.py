@@ -73,7 +73,8 @@ def encode(tokenizer, prompt: str, response: str) -> Row:
     # What a tokenizer puts before a text by itself (BOS, [CLS]) goes before the prompt, once: a
     # chat template may have written it already.
     special, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    prefix = special[: special.index(plain[0])]
+    starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
+    prefix = special[: starts[0]] if starts else []
     # Prompt and response are tokenized APART. Together, a token could straddle the seam: the prompt
     # would have other ids for every response, and other ids than the policy generates from.
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
