@@ -553,7 +553,7 @@ def modes(parser: argparse.ArgumentParser, names: str):
 
 
 # All other numbers of all commands must be above 0.
-MAY_BE_0 = "seed eta noise tie max_length valid_share kl_coef gamma lam scale_prompts".split()
+MAY_BE_0 = "seed eta noise max_length valid_share kl_coef gamma lam scale_prompts".split()
 MAY_BE_0 += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
 
 

@@ -398,8 +398,9 @@ gap of two rewards, its variance, the ratio to that by {by}, and rank correlatio
 
 
 # ------------------------------------------------------------------------ samples, scores, commands
-def sampled(args, path: Path, policy: str, prompts: list[str]) -> list[list[str]]:
-    """k responses to each prompt, kept at `path` as long as policy, prompts and options stay."""
+def sampled(args, path: Path, policy: str, loaded, prompts: list[str]) -> list[list[str]]:
+    """k responses to each prompt, kept at `path` as long as policy, prompts and options stay.
+    loaded: the policy's (model, tokenizer)."""
     options = {x: vars(args)[x] for x in "seed k temperature max_new_tokens batch_size".split()}
     made_from = {"policy": policy, "prompts": prompts, **options}
     newest = max((file.stat().st_mtime for file in Path(policy).glob("*")), default=0)
@@ -407,8 +408,7 @@ def sampled(args, path: Path, policy: str, prompts: list[str]) -> list[list[str]
         kept, *rows = data.read_jsonl(path)
         if kept == made_from:
             return [row["responses"] for row in rows]
-    model, tokenizer = ppo.load_policy(policy)
-    groups = ppo.sample_responses(model.to(rm.pick_device()), tokenizer, prompts, **options)
+    groups = ppo.sample_responses(*loaded, prompts, **options)
     data.write_jsonl(path, [made_from, *({"responses": group} for group in groups)])
     return groups
 
@@ -458,15 +458,16 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
     responses, kl, rollouts, scores, epochs = {}, {}, {}, {}, {}
     reference, _ = ppo.load_policy(str(policies["sft"]))
     for policy, folder in policies.items():
-        model, tokenizer = ppo.load_policy(str(folder))
+        loaded = ppo.load_policy(str(folder))
         domains = prompts if policy in ("sft", *last.values()) else ["test"]
         texts = [prompt for domain in domains for prompt in prompts[domain]]
-        groups = iter(sampled(args, run / "eval" / f"{policy}.jsonl", str(folder), texts))
+        kept = run / "eval" / f"{policy}.jsonl"
+        groups = iter(sampled(args, kept, str(folder), loaded, texts))
         for domain in domains:
             responses[policy, domain] = [next(groups) for _ in prompts[domain]]
         own = prompts["test"], responses[policy, "test"]
         write_answers(run / "answers" / f"{policy}.json", policy, *own)
-        kl[policy] = kl_to(model, tokenizer, reference, *own, args.temperature, args.max_new_tokens)
+        kl[policy] = kl_to(*loaded, reference, *own, args.temperature, args.max_new_tokens)
         if (folder / "rollouts.jsonl").exists():
             rollouts[policy] = data.read_jsonl(folder / "rollouts.jsonl")
             for step in rollouts[policy]:
@@ -519,7 +520,8 @@ def compare(args) -> None:
     judge, prompts = rm.load_reward_model(args.judge), data.read_prompts(args.prompts)
     with data.output_folder(args.out) as work:
         for letter, name in zip("AB", names, strict=True):
-            groups.append(sampled(args, work / f"{letter}.jsonl", name, prompts))
+            loaded = ppo.load_policy(name)
+            groups.append(sampled(args, work / f"{letter}.jsonl", name, loaded, prompts))
             write_answers(work / f"{letter}.json", name, prompts, groups[-1])
         rewards = np.array([scored(judge, prompts, group, args.batch_size) for group in groups])
         found = win_tie_lose(*rewards, TIE * rewards.std())

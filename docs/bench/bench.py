@@ -353,7 +353,7 @@ def torchopt_backward(model, L, J) -> None:
 
 def real(path: str, box: Path):
     """Returns (reward model of 6 layers and width 256, its tokenizer, pairs); an LM in box/six."""
-    pairs = data.read_preferences(data.from_hub(path))[:1400]
+    pairs = data.read_preferences(path)[:1400]
     bpe = ByteLevelBPETokenizer()
     texts = [pair["prompt"] + pair["chosen"] for pair in pairs]
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, show_progress=False)
