@@ -17,6 +17,7 @@ All rewards come from `encode` and `rewards_of`; `score` adds batches and float3
 always gets one reward.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -68,13 +69,18 @@ def end_id(tokenizer) -> int:
     raise data.Mistake(f"{tokenizer.name_or_path}: its tokenizer has no EOS (nor SEP) token")
 
 
-def encode(tokenizer, prompt: str, response: str) -> Row:
-    """Returns (ids of the prompt, ids of the response + EOS). Nothing is encoded anywhere else."""
-    # What a tokenizer puts before a text by itself (BOS, [CLS]) goes before the prompt, once: a
-    # chat template may have written it already.
+@functools.cache
+def prefix_of(tokenizer) -> list[int]:
+    """Returns what the tokenizer puts before a text by itself (BOS, [CLS])."""
     special, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
-    prefix = special[: starts[0]] if starts else []
+    return special[: starts[0]] if starts else []
+
+
+def encode(tokenizer, prompt: str, response: str) -> Row:
+    """Returns (ids of the prompt, ids of the response + EOS). Nothing is encoded anywhere else."""
+    # The prefix goes before the prompt, once: a chat template may have written it already.
+    prefix = prefix_of(tokenizer)
     # Prompt and response are tokenized APART. Together, a token could straddle the seam: the prompt
     # would have other ids for every response, and other ids than the policy generates from.
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -287,7 +293,8 @@ def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]
     """Reads short rows alone and padded together, and refuses a model whose answers differ.
 
     So what is supported is a rule, and it is checked: a model must honour the attention mask. This
-    also finds out whether prompts can be read once (`model.shares_prompts`, end of this file).
+    also finds out whether it can read on from a cache (`model.can_cache`, for ppo.generate), and
+    from one prompt's cache for many responses (`model.shares_prompts`, end of this file).
     answer: groups -> one number per row: its reward, or the log-probability of its response.
     """
     texts = {"Hello, how are you?": ["Fine.", "I am well, thank you."], "Hi": ["It is so.", "No"]}
@@ -305,15 +312,15 @@ def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]
         raise data.Mistake(f"{fault}; use another model")
     if torch.allclose(alone, alone[:1], **close):
         raise data.Mistake(f"{path}: gives all responses one reward; use another model")
-    # Rows this short would not feel a window over the last tokens: such models are left out.
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
-        return
     try:
         model.shares_prompts = True
-        model.shares_prompts = torch.allclose(alone, answer(groups), **close)
+        model.can_cache = torch.allclose(alone, answer(groups), **close)
     except Exception:  # no cache, or one of another kind: its rows are read in full
-        model.shares_prompts = False
+        model.can_cache = False
+    # Rows this short would not feel a window over the last tokens: there, prompts are not shared.
+    config = model.config.get_text_config()
+    windows = any(getattr(config, x, None) for x in ("sliding_window", "attention_chunk_size"))
+    model.shares_prompts = model.can_cache and not windows
 
 
 def save_model(model, tokenizer, folder) -> None:
@@ -508,6 +515,11 @@ def shares_prompts(model) -> bool:
     return getattr(model, "shares_prompts", False)
 
 
+def name_of_cache(output) -> str:
+    """Returns the key of the cache in a model's output: it varies with model and version."""
+    return next(name for name in ("cache", "past_key_values", "cache_params") if name in output)
+
+
 def rewards_reading_prompts_once(forward, model, tokenizer, groups: Sequence[Group]) -> Tensor:
     """Returns what `rewards_of` returns, (n,)."""
     pad_id, device = tokenizer.pad_token_id, model.device
@@ -526,8 +538,8 @@ def read_prompts_once(forward, model, prompts: dict, responses: dict, owner: Ten
     """
     position = (prompts["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # real tokens only
     before = forward(**prompts, position_ids=position, use_cache=True, **options)
-    cache = "cache" if "cache" in before else "past_key_values"  # renamed in transformers 5
-    before[cache].batch_select_indices(owner)  # one copy of its prompt's cache for each response
+    cache = name_of_cache(before)
+    before[cache].reorder_cache(owner)  # one copy of its prompt's cache for each response
     mask = torch.cat([prompts["attention_mask"][owner], responses["attention_mask"]], dim=1)
     inputs = {"input_ids": responses["input_ids"], "attention_mask": mask, cache: before[cache]}
     inputs["position_ids"] = (mask.cumsum(dim=1) - 1)[:, position.shape[1] :]

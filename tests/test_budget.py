@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {
     "metarm.py": 465,
-    "rm.py": 545,
-    "ppo.py": 575,
+    "rm.py": 550,
+    "ppo.py": 615,
     "data.py": 675,
     "eval.py": 560,
     "run.sh": 171,
@@ -34,9 +34,9 @@ def test_a_file_is_no_longer_than_its_budget(name):
 
 
 def test_sums():
-    assert sum(len(lines_of(name)) for name in list(BUDGETS)[:5]) <= 2810
+    assert sum(len(lines_of(name)) for name in list(BUDGETS)[:5]) <= 2865
     tests = [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests").glob("*.sh")]
-    assert sum(len(lines_of(path)) for path in tests) <= 3250
+    assert sum(len(lines_of(path)) for path in tests) <= 3260
 
 
 @pytest.mark.parametrize("name", CONCEPTS)

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, GEMMA, make_pairs, make_policy, make_tokenizer, save, write_rows
+from conftest import (
+    ARCHITECTURES,
+    GEMMA,
+    SMALL,
+    make_pairs,
+    make_policy,
+    make_tokenizer,
+    save,
+    write_rows,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -133,6 +142,51 @@ def test_sampling_follows_the_models_own_probabilities(policy_folder):
     drawn = torch.tensor([row[0] for row in rows])
     shares = torch.bincount(drawn, minlength=model.config.vocab_size) / 4000
     assert 0.5 * (shares - want).abs().sum() < 0.15 and (shares - want).abs().max() < 0.03
+
+
+GENERATORS = {  # all can go on from a cache, but Mamba: it is given all tokens again
+    "llama": ARCHITECTURES["llama"],
+    "mistral": lambda v: transformers.MistralConfig(
+        vocab_size=v, num_key_value_heads=2, sliding_window=8, **SMALL
+    ),
+    "mamba": lambda v: transformers.MambaConfig(vocab_size=v, hidden_size=32, num_hidden_layers=2),
+}
+
+
+@pytest.mark.parametrize("architecture", GENERATORS)
+def test_generate_says_what_transformers_says(tmp_path, architecture):
+    """At a temperature near 0, row by row. Rows that end leave the batch; a prompt is read once."""
+    tokenizer = make_tokenizer()
+    config = GENERATORS[architecture](len(tokenizer))
+    model, tokenizer = ppo.load_policy(save(tmp_path, "AutoModelForCausalLM", config, tokenizer))
+    assert model.can_cache == (architecture != "mamba")
+    for p in model.parameters():
+        p.data *= 4  # else one token is said again and again
+    prompts = ["Human: help", "Human: my phone is broken, please help. it is late", "Human: help"]
+    ids = [rm.encode(tokenizer, prompt, "")[0] for prompt in prompts]
+    for penalty in (1.0, 1.5):
+        model.generation_config.eos_token_id = None
+        options = (20, 1e-6, 0.9, penalty)
+        longest = max(ppo.generate(model, tokenizer, ids, *options), key=len)
+        model.generation_config.eos_token_id = longest[7]
+        said = ppo.generate(model, tokenizer, ids, *options)
+        assert min(map(len, said)) <= 8 and said[0] == said[2]
+        plain = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": penalty}
+        plain |= {"eos_token_id": ppo.end_ids(model, tokenizer), "pad_token_id": 0}
+        for row, response in zip(ids, said, strict=True):
+            row = torch.tensor([row])
+            whole = model.generate(row, attention_mask=torch.ones_like(row), **plain)
+            assert response == whole[0, row.shape[1] :].tolist()
+
+
+def test_draw_against_the_distribution():
+    probabilities = torch.tensor([0.5, 0.04, 0.3, 0.16])
+    torch.manual_seed(0)
+    for top_p, want in ((1.0, [0.5, 0.04, 0.3, 0.16]), (0.7, [0.625, 0, 0.375, 0])):
+        tokens = ppo.draw(probabilities.log().expand(20_000, 4), top_p)
+        shares = tokens.flatten().bincount(minlength=4) / 20_000
+        assert torch.allclose(shares, torch.tensor(want), atol=0.012)  # 3.4 standard errors
+        assert (shares[torch.tensor(want) == 0] == 0).all()
 
 
 def test_sample_responses_is_seeded_and_keeps_the_order(policy_folder):
