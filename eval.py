@@ -413,14 +413,14 @@ def sampled(args, path: Path, policy: str, loaded, prompts: list[str]) -> list[l
     return groups
 
 
-def scored(judge, prompts: list[str], groups: list[list[str]], batch_size: int) -> np.ndarray:
+def scored(judge, prompts: list[str], groups: list[list[str]]) -> np.ndarray:
     """Rewards (m, k) of k responses to m prompts, by (reward model, tokenizer); None is gold."""
     prompts = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
     texts = [text for group in groups for text in group]
     if judge is None:
         rewards = [data.gold_reward(x, y) for x, y in zip(prompts, texts, strict=True)]
     else:
-        rewards = rm.score(judge[0].to(rm.pick_device()), judge[1], prompts, texts, batch_size)
+        rewards = rm.score(judge[0].to(rm.pick_device()), judge[1], prompts, texts)
     return torch.as_tensor(rewards, dtype=torch.float64).reshape(len(groups), -1).numpy()
 
 
@@ -471,7 +471,7 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
         if (folder / "rollouts.jsonl").exists():
             rollouts[policy] = data.read_jsonl(folder / "rollouts.jsonl")
             for step in rollouts[policy]:
-                step[by] = scored(judge, step["prompts"], step["responses"], args.batch_size)
+                step[by] = scored(judge, step["prompts"], step["responses"])
     source = "pairs" if (run / "pairs").exists() else "data"  # real preferences lie in data/
     pairs = data.read_preferences(run / source / "valid.jsonl")
     prompts["pairs"] = [pair["prompt"] for pair in pairs]
@@ -481,7 +481,7 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
         for (policy, domain), groups in responses.items():
             if name in (by, trainer_of(policy)) or policy in ("D", "sft", last["ppo"]):
                 texts = prompts[domain], groups
-                scores[name, policy, domain] = scored(model, *texts, args.batch_size)
+                scores[name, policy, domain] = scored(model, *texts)
         if folder and name != "oracle" and (folder / "log.jsonl").exists():
             log = [row for row in data.read_jsonl(folder / "log.jsonl") if "accuracy" in row]
             epochs[name] = [[row["step"], 100 * row["accuracy"]] for row in log]
@@ -523,7 +523,7 @@ def compare(args) -> None:
             loaded = ppo.load_policy(name)
             groups.append(sampled(args, work / f"{letter}.jsonl", name, loaded, prompts))
             write_answers(work / f"{letter}.json", name, prompts, groups[-1])
-        rewards = np.array([scored(judge, prompts, group, args.batch_size) for group in groups])
+        rewards = np.array([scored(judge, prompts, group) for group in groups])
         found = win_tie_lose(*rewards, TIE * rewards.std())
         data.write_jsonl(work / "results.json", [{"policies": names, "judge": args.judge, **found}])
     print(f"{names[0]} against {names[1]} by {args.judge}: win / tie / lose {show(found)} %")
@@ -551,7 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--k", type=int, default=5, help="responses per prompt, at least 2")
     add("--temperature", type=float, default=1.0, help="divides the logits")
     add("--max_new_tokens", type=int, default=48, help="longest response, in tokens")
-    add("--batch_size", type=int, default=640, help="responses sampled or scored at once")
+    add("--batch_size", type=int, default=640, help="responses sampled at once")
     return data.command(parser, run_command, argv)
 
 

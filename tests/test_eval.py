@@ -227,7 +227,7 @@ def fake_run(tmp_path, monkeypatch):
         calls.append(model)
         return [[text_of(f"{model}{x}{i}{seed}", 12) for i in range(k)] for x in prompts]
 
-    def score(model, tokenizer, prompts, responses, batch_size):
+    def score(model, tokenizer, prompts, responses):
         return torch.tensor([float(len(text)) for text in responses])
 
     monkeypatch.setattr(ppo, "load_policy", load)
