@@ -195,10 +195,11 @@ def states_of(model, batch: dict, name: str) -> Tensor:
     t, takes = batch["mask"].shape[1], inspect.signature(model.forward).parameters
     ids, real = batch["input_ids"], batch["attention_mask"]
     # Rows with one prompt (rollouts of one prompt, pairs of DPO) read it once, if the model can.
-    both = torch.cat([ids[:, : -t - 1], real[:, : -t - 1]], dim=1)
+    both = torch.cat([ids[:, :-t], real[:, :-t]], dim=1)
     prompts, owner = both.unique(dim=0, return_inverse=True)
     if len(prompts) < len(ids) and ids.shape[1] > t + 1 and rm.shares_prompts(model):
-        prompts = dict(zip(("input_ids", "attention_mask"), prompts.chunk(2, dim=1), strict=True))
+        prompts = (x[:, :-1] for x in prompts.chunk(2, dim=1))  # its last token comes again below
+        prompts = dict(zip(("input_ids", "attention_mask"), prompts, strict=True))
         responses = {"input_ids": ids[:, -t - 1 : -1], "attention_mask": real[:, -t - 1 : -1]}
         keep = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         return rm.read_prompts_once(model, model, prompts, responses, owner, **keep)[1][name]
@@ -231,12 +232,12 @@ def draw(logits: Tensor, top_p: float = 1.0) -> Tensor:
 
     One random number per row: torch.multinomial takes one for every word of the vocabulary.
     """
-    probabilities, ids = logits.double().softmax(dim=-1), None
+    probabilities, ids = logits.softmax(dim=-1), None
     if top_p < 1:  # the likeliest tokens only, up to the one that brings their sum to top_p
         probabilities, ids = probabilities.sort(dim=-1, descending=True)
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = torch.where(before < top_p, probabilities, 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
+    cumulative = probabilities.double().cumsum(dim=-1)
     coin = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, coin, right=True)
     return token if ids is None else ids.gather(1, token)

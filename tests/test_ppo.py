@@ -179,6 +179,17 @@ def test_generate_says_what_transformers_says(tmp_path, architecture):
             assert response == whole[0, row.shape[1] :].tolist()
 
 
+def test_prompts_of_one_token(policy_folder):
+    """Without a BOS: nothing is left of the prompt before its last token."""
+    policy, tokenizer = ppo.load_policy(policy_folder)
+    rows = [([prompt], [5, 6, 7][:n]) for prompt in (3, 4) for n in (3, 2)] + [([8, 9, 3], [5])]
+    for some in (rows[:4], rows):
+        together = ppo.response_logprobs(policy, ppo.collate(tokenizer, some))
+        for row, got in zip(some, together, strict=True):
+            alone = ppo.response_logprobs(policy, ppo.collate(tokenizer, [row]))[0]
+            assert torch.allclose(got[: len(alone)], alone, atol=1e-5)
+
+
 def test_draw_against_the_distribution():
     probabilities = torch.tensor([0.5, 0.04, 0.3, 0.16])
     torch.manual_seed(0)
