@@ -2,8 +2,8 @@
 
     python docs/hh/baselines.py runs/hh-rm/valid.jsonl runs/hh-rm/plain runs/hh-rm/metarm
 
-Ordered by: the longer answer, the shorter answer, and each reward model folder that is named.
-Shares have Wilson intervals. The last column compares with the first reward model, pair by pair.
+Ordered by: the longer answer, the shorter one (in characters), and each reward model folder named.
+A tie counts half. The last column compares an RM with the first one that is named, pair by pair.
 """
 
 import math
@@ -18,35 +18,27 @@ import rm
 
 
 def main(path: str, *folders: str) -> None:
-    pairs, verdicts = data.read_preferences(path), {}
-    longer = np.sign([len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs])
-    gaps = {"the longer answer": longer, "the shorter answer": -longer}
+    pairs = data.read_preferences(path)
+    prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
+    answers = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    longer = np.sign(np.diff([len(text) for text in answers])[::2])  # 1: the rejected one is longer
+    signs = {"the longer answer": -longer, "the shorter answer": longer}
     for folder in folders:
-        model = rm.load_reward_model(folder)
-        rewards = [rm.score(*model, *texts(pairs, side)) for side in ("chosen", "rejected")]
-        gaps[folder] = np.sign((rewards[0] - rewards[1]).numpy())
+        model, tokenizer = rm.load_reward_model(folder)
+        rewards = rm.score(model.to(rm.pick_device()), tokenizer, prompts, answers)
+        signs[folder] = np.sign(-np.diff(rewards.numpy())[::2])
     print("| ordered by | right, % | 95 % interval | minus the first RM, points |")
     print("|---|---|---|---|")
-    for name, gap in gaps.items():
-        right = verdicts[name] = (1 + gap) / 2  # a tie counts half
-        row, n = [name, f"{100 * right.mean():.1f}"], len(pairs)
-        low, high = wilson(right.mean(), n)
-        row += [f"{100 * low:.1f} to {100 * high:.1f}", ""]
+    n, z = len(pairs), 1.96
+    for name, sign in signs.items():
+        p = ((1 + sign) / 2).mean()
+        middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        low, high = 100 * (middle - half) / (1 + z**2 / n), 100 * (middle + half) / (1 + z**2 / n)
+        row = [name, f"{100 * p:.1f}", f"{low:.1f} to {high:.1f}", ""]  # Wilson's interval
         if name in folders[1:]:
-            change = 100 * (right - verdicts[folders[0]])
-            half = 1.96 * change.std(ddof=1) / math.sqrt(n)
-            row[-1] = f"{change.mean():.1f} ± {half:.1f}"
+            gain = 50 * (sign - signs[folders[0]])
+            row[-1] = f"{gain.mean():+.1f} ± {z * gain.std(ddof=1) / math.sqrt(n):.1f}"
         print("|", " | ".join(row), "|")
-
-
-def texts(pairs: list[dict], side: str) -> tuple[list[str], list[str]]:
-    return [pair["prompt"] for pair in pairs], [pair[side] for pair in pairs]
-
-
-def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns the 95 % interval of a share p of n."""
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 if __name__ == "__main__":

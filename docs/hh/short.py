@@ -1,9 +1,9 @@
-"""Writes the preference rows whose two texts have at most so many tokens, unchanged and in order.
+"""Prints the preference pairs of at most so many tokens, in their order: prompt, chosen, rejected.
 
     python docs/hh/short.py models/smollm2 pairs.jsonl.gz 128 > short.jsonl
     python docs/hh/short.py models/smollm2 pairs.jsonl.gz 128 sort > by-length.jsonl
 
-With `sort`, the shortest row comes first. Small machines need short rows: time grows with tokens.
+With `sort`, the shortest pair comes first. The time of a run grows with its tokens.
 """
 
 import json
@@ -19,13 +19,13 @@ import rm
 
 def main(model: str, source: str, limit: str, sort: str = "") -> None:
     tokenizer, kept = AutoTokenizer.from_pretrained(model), []
-    for where, row in data.read_lines(source):
-        texts = [data.split_row(row, key, where) for key in ("chosen", "rejected")]
-        length = max(sum(map(len, rm.encode(tokenizer, *text))) for text in texts)
+    for pair in data.read_preferences(source):
+        rows = [rm.encode(tokenizer, pair["prompt"], pair[key]) for key in ("chosen", "rejected")]
+        [length] = rm.row_lengths([rows])
         if length <= int(limit):
-            kept.append((length, row))
-    for _, row in sorted(kept, key=lambda pair: pair[0]) if sort else kept:
-        print(json.dumps(row, ensure_ascii=False))
+            kept.append((length, pair))
+    for _, pair in sorted(kept, key=lambda row: row[0]) if sort else kept:
+        print(json.dumps(pair, ensure_ascii=False))
 
 
 if __name__ == "__main__":
