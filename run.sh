@@ -85,7 +85,7 @@ case $preset in
       ppo_flags+=(--steps 2 --batch_size 16 --minibatch_size 8 --scale_prompts 16 "${often[@]}")
     fi ;;
   hh | hh-smoke) # the paper's settings, except: a small model, --max_length 512, smaller PPO batches, eta (README)
-    pairs=$run/data rounds=3 k=5
+    pairs=$run/data rounds=3 k=5 held_out=0.02
     sft_flags=(--lr 2e-5 --batch_size 32 --micro_batch_size 8 --epochs 2 --max_length 512)
     rm_flags=(--lr 5e-6 --batch_size 16 --micro_batch_size 8 --max_length 512)
     meta_flags=(--meta_batch_size 16 --micro_batch_size 4) dpo_flags=(--lr 5e-7 --batch_size 32 --micro_batch_size 8 --max_length 512)
@@ -95,7 +95,7 @@ case $preset in
                --max_length 512 --max_new_tokens 128 --temperature 0.8 --lr 5e-7 --critic_lr 1.5e-6 --kl_coef 0.05)
     eval_flags=(--judge "$run/judge/rm" --temperature 0.8 --max_new_tokens 128 --batch_size 128) # PPO's temperature
     if [ "$preset" = hh-smoke ]; then # for a small --data; batches stay large enough to show what memory they need
-      rounds=1 small=(--batch_size 8)
+      rounds=1 small=(--batch_size 8) held_out=0.1
       sft_flags+=("${small[@]}" --epochs 1) rm_flags+=("${small[@]}") dpo_flags+=("${small[@]}")
       meta_flags+=(--meta_batch_size 8) sample_flags+=(--max_new_tokens 16) eval_flags+=(--max_new_tokens 16)
       ppo_flags+=(--steps 2 --batch_size 16 --rollouts_per_prompt 4 --minibatch_size 8 --scale_prompts 4 --max_new_tokens 16)
@@ -104,7 +104,7 @@ esac
 
 export OMP_NUM_THREADS=2 # a fixed number: another one may add up in another order, and so change the last digits
 if [ -n "$real" ]; then # preferences, split: D and SFT, prompts for S and PPO, held-out pairs, the judge's own pairs
-  stage "$run/data" data.py split --source "$data" ${ood:+--ood "$ood"} --seed "$seed" --valid_share 0.02
+  stage "$run/data" data.py split --source "$data" ${ood:+--ood "$ood"} --seed "$seed" --valid_share "$held_out"
   stage "$run/sft" ppo.py sft --model "$model" --data "$run/data/sft.jsonl" "${sft_flags[@]}" --seed "$seed"
 else # help-desk texts, an untrained model; D: pairs of SFT samples, labelled by the gold reward with Bradley-Terry noise
   export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=67108864 # glibc: a tenth faster
