@@ -73,8 +73,8 @@ case $preset in
   toy | smoke)
     pairs=$run/pairs rounds=3 k=5 world=(--seed "$seed")
     sft_flags=(--lr 5e-3 --batch_size 32 --epochs 4)
-    rm_flags=(--lr 3e-4 --batch_size 16 --log_every 85)
-    meta_flags=(--eta 0.1 --normalize) dpo_flags=(--lr 1e-4 --batch_size 16)
+    rm_flags=(--lr 2e-3 --batch_size 64 --micro_batch_size 64 --epochs 2 --log_every 42) # the paper's one epoch is a 7B's
+    meta_flags=(--normalize) dpo_flags=(--lr 1e-4 --batch_size 16) # eta: the default, lr * sqrt(weights)
     sample_flags=(--max_new_tokens 48 --batch_size 512) meta_sample_flags=(--temperature 1.1)
     ppo_flags=(--steps 15 --batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48
                --lr 2e-4 --critic_lr 1e-3 --kl_coef 0.003)
@@ -152,15 +152,15 @@ controls() { # what MetaRM is compared with, and what judges them all
     stage "$run/oracle/rm" rm.py --model "$run/sft" --data "$run/oracle/pairs/train.jsonl" --lr 3e-4 --epochs 4 --seed "$seed"
   fi
   arm reseeded
-  stage "$run/dpo" ppo.py dpo --model "$run/sft" --data "$pairs/train.jsonl" "${dpo_flags[@]}" --seed "$seed" # no RM at all
 }
+dpo() { stage "$run/dpo" ppo.py dpo --model "$run/sft" --data "$pairs/train.jsonl" "${dpo_flags[@]}" --seed "$seed"; } # no RM
 if [ -n "$real" ]; then # one GPU: one after the other
-  arm metarm; controls
+  arm metarm; controls; dpo
 else # two cores: two lanes. set -m makes each a process group, which the trap above can end as a whole
   echo "== MetaRM here; its controls beside it on the other core: $run/controls.log"
   export OMP_NUM_THREADS=1
   set -m
-  arm metarm & metarm=$!
+  { arm metarm; dpo; } & metarm=$!
   controls >> "$run/controls.log" 2>&1 & controls=$!
   set +m
   running() { kill -0 "$1" 2> /dev/null; }
