@@ -1,18 +1,19 @@
-"""docs/study: statistics, the second world, the arms that live there, the page's figures."""
+"""docs/study: statistics, the second world, the steps of its arms, resuming, the tables."""
 
-import itertools
 import math
 import random
-import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy
+from conftest import make_policy, vector
 
 import data
+import metarm
+import ppo
 import rm
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "docs" / "study"))
@@ -32,11 +33,10 @@ NOTE += " It has to run by Monday.\n\nAssistant:"
 def test_intervals_and_p_values():
     half = 3.18245 * np.std([1, 2, 3, 4], ddof=1) / 2  # the t of 3 degrees of freedom
     assert page.t_interval([1, 2, 3, 4]) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-4)
-    assert page.t_interval([1.0, math.nan])[0] == 1.0 and math.isnan(page.t_interval([1.0])[1])
-    assert [page.p_value(x) for x in ([-1, 1], [2, 2], [0, 0])] == [1.0, 0.0, 1.0]
+    assert page.t_interval([1.0])[0] == 1.0 and math.isnan(page.t_interval([1.0])[1])
+    assert page.p_value([-1, 1]) == 1.0 and math.isnan(page.p_value([1]))
     x = np.array([0.3, 1.1, 0.7, 2.0, 1.4])  # 0 at the interval's end is p = 0.05
     assert page.p_value(x - page.t_interval(x)[1]) == pytest.approx(0.05, abs=1e-6)
-    assert page.minus({0: 1.0, 1: 2.0, 3: 9.0}, {0: 0.5, 1: 3.0}) == {0: 0.5, 1: -1.0}
 
 
 def test_holm_rejects_what_its_definition_rejects():
@@ -55,23 +55,34 @@ def test_holm_rejects_what_its_definition_rejects():
 
 
 def test_verdicts_follow_the_rules():
-    for interval, p, stays, better in (
-        ((0.5, -1.0, 1.9), 0.3, "yes", "no"),
-        ((0.5, -1.0, 2.1), 0.3, "unclear", "unclear"),
-        ((3.0, 2.5, 3.5), 0.01, "no", "yes"),
-        ((3.0, 0.1, 5.9), 0.2, "unclear", "unclear"),  # Holm's p is what counts
-        ((-4.0, -5.0, -3.0), 0.01, "no", "no"),
-        ((1.0, math.nan, math.nan), math.nan, "unclear", "unclear"),
+    for interval, p, verdict in (
+        ((0.5, -1.0, 1.9), 0.3, "no"),
+        ((0.5, -1.0, 2.1), 0.3, "unclear"),
+        ((3.0, 2.5, 3.5), 0.01, "yes"),
+        ((3.0, 0.1, 5.9), 0.2, "unclear"),  # Holm's p is what counts
+        ((-4.0, -5.0, -3.0), 0.01, "no"),
+        ((1.0, math.nan, math.nan), math.nan, "unclear"),
     ):
-        assert (page.stays(interval, 2.0), page.better(interval, p, 2.0)) == (stays, better)
+        assert page.better(interval, p, 2.0) == verdict
 
 
-def test_gold_at_equal_kl_and_stop_rounds():
-    kl, gold = [1.0, 2.0, 1.5, 4.0], [0.5, 1.0, 2.0, 0.0]
-    assert page.at_equal_kl(kl, gold, [0.5, 1.0, 3.0]) == pytest.approx([0.25, 0.5, 1.0])
-    assert math.isnan(page.at_equal_kl([1.0], [1.0], [2.0])[0])
-    assert page.stop_round([1, 2, 5, 1], 3, "-") == 2  # what comes after does not count
-    assert page.stop_round([9, 9], 3, "-") == 1 and page.stop_round([5, 4, 2, 9], 3, "+") == 2
+def test_the_smallest_effect_is_seen_eight_times_of_ten():
+    # Of many worlds, the t test is the normal one: (z of 0.9875 + z of 0.8) standard errors.
+    assert page.smallest_effect(2.0, 400) == pytest.approx(3.083 * 2 / 20, rel=0.01)
+    effect, seen = page.smallest_effect(1.0, 8), []
+    for some in np.random.default_rng(0).normal(effect, 1.0, (4000, 8)):
+        seen.append(page.p_value(some) < 0.025)
+    assert np.mean(seen) == pytest.approx(0.8, abs=0.02)
+
+
+def test_arms_are_compared_head_by_head_and_then_by_world():
+    rows = [("d", 7, "plain", head, "m", x) for head, x in enumerate([1.0, 5.0, 3.0])]
+    rows += [("d", 7, "first@1", 1, "m", 6.0), ("d", 7, "first@1", 2, "m", 5.0)]
+    rows += [("d", 8, "first@1", 0, "m", 2.0), ("other", 7, "plain", 1, "m", 99.0)]
+    table = page.Table(rows, "d")
+    assert table.gain("first@1", "m") == {7: pytest.approx((1 + 2) / 2)}  # head 0 has no partner
+    assert table.gain(page.RESEEDED, "m") == {7: pytest.approx((4 + 2) / 2)}
+    assert table.get("plain", "m") == {7: 3.0} and table.get("first@1", "m") == {7: 5.5, 8: 2.0}
 
 
 def test_gold_of_a_summary():
@@ -97,88 +108,171 @@ def test_a_world_of_notes():
     assert min(gold) < 0 < np.mean(gold)
 
 
-def test_arms_and_their_knobs():
-    chosen = {"metarm-first": {"eta": 0.3}, "reseeded": {"lr": 6e-4}}
-    assert study.knobs_of("metarm-first@eta=1@stale=1", chosen) == {"eta": 1.0, "stale": 1.0}
-    assert study.knobs_of("random", chosen) == {"eta": 0.3} and study.knobs_of("ppo", chosen) == {}
+def test_arms_and_flags():
+    assert study.read_arm("first@0.3") == ("first", 0.3) and study.read_arm("gold") == ("gold", 0)
+    kinds = {study.read_arm(arm)[0] for arm in study.PRIMARY + study.SECONDARY}
+    assert (
+        kinds == study.SECONDS.keys() - {"world"} == page.NAMES.keys() - {page.RESEEDED} | {"rm0"}
+    )
     flags = study.toy_flags(small=False)  # read out of run.sh
-    assert {"sft", "rm", "meta_sample", "sample", "dpo", "ppo"} <= flags.keys()
-    assert "--steps" in flags["ppo"] and "--lr" in flags["rm"]
-    assert study.rounds_of("ppo", 4) == [1, 2, 3, 4] and study.rounds_of("dpo", 4) == [0]
-    assert set(study.SUMMARY_ARMS) < set(study.ARMS) == set(page.NAMES)
+    assert {"sft", "rm", "meta_sample", "sample", "ppo"} <= flags.keys() and "--lr" in flags["rm"]
 
 
-@pytest.mark.parametrize("option", ["--tasks=poem", "--arms=dpo,magic", "--arms=ppo@x=1"])
+@pytest.mark.parametrize("option", ["--tasks=poem", "--arms=plain,magic@1", "--arms=first"])
 def test_mistakes_are_one_line(capsys, tmp_path, option):
+    (tmp_path / "settings.json").write_text('{"chosen": {"dialogue": {}}}')
     assert study.main([option, "--out", str(tmp_path), "--runs", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert option.partition("=")[0] in told and told.count("\n") == 1
 
 
-def weights(folder):
-    model, _ = rm.load_reward_model(str(folder))
-    return torch.cat([p.flatten() for p in model.parameters()])
+# ------------------------------------------------------------------------------- the arms' steps
+THREE = [" thank", " you", " a charge"]
 
 
-@pytest.mark.parametrize("kind", ["random", "joint", "ocrm"])
-def test_without_its_knob_an_arm_is_plain_training(tmp_path, policy_folder, kind):
-    """Same head, same order of D, same optimizer: what differs is the knob's doing."""
-    pair, said = {"chosen": " thank you", "rejected": " Sorry"}, [" thank", " you", " a charge"]
+@pytest.fixture
+def training(tmp_path, policy_folder):
+    """What a step needs: a model at theta, its loss, batches of D and S, and one SGD step."""
+    pair = {"chosen": " thank you", "rejected": " Sorry"}
     pairs = [{"prompt": f"Human: my phone {i}"} | pair for i in range(32)]
-    samples = [{"prompt": f"Human: the invoice {i}", "responses": said} for i in range(16)]
-    D, S, other = tmp_path / "D.jsonl", tmp_path / "S.jsonl", make_policy(tmp_path / "p", seed=1)
-    data.write_jsonl(D, pairs)
-    data.write_jsonl(S, samples)
-    options = ["--model", policy_folder, "--data", D, "--lr", "1e-3", "--batch_size", 8]
-    plain = weights(arms.reward_model("plain", tmp_path / "plain", options, 3))
-    for knob in (0.0, 0.5):
-        out = arms.reward_model(kind, tmp_path / f"{knob}", options, 3, knob, S, other)
-        assert torch.allclose(plain, weights(out), atol=1e-5) == (knob == 0)
+    samples = [{"prompt": f"Human: the invoice {i}", "responses": THREE} for i in range(16)]
+    D_file, S_file = tmp_path / "D.jsonl", tmp_path / "S.jsonl"
+    data.write_jsonl(D_file, pairs)
+    data.write_jsonl(S_file, samples)
+    model, tokenizer = rm.load_reward_model(policy_folder, 3)
+    args = SimpleNamespace(model=policy_folder, data=D_file, seed=3, max_grad_norm=1e9)
+    _, D = rm.encode_groups(model, tokenizer, pairs, "D")
+    _, S = rm.encode_groups(model, tokenizer, samples, "S")
+
+    def loss_of(batch, factor=1.0):
+        rewards = factor * rm.rewards_of(model, model, tokenizer, batch).view(-1, 2)
+        return rm.preference_loss(*rewards.unbind(1))
+
+    def J():
+        return metarm.difference_loss(rm.rewards_of(model, model, tokenizer, S).view(16, 3))
+
+    def change(step):  # what it adds to theta: at a learning rate of 1, minus the gradient
+        before = vector(model.parameters()).clone()
+        figures = step(torch.optim.SGD(model.parameters(), lr=1.0), D[:8], 0)
+        moved = vector(model.parameters()) - before
+        torch.nn.utils.vector_to_parameters(before, model.parameters())
+        return moved, figures
+
+    def minus_gradient(loss):
+        return -vector(torch.autograd.grad(loss, list(model.parameters())))
+
+    return SimpleNamespace(**locals())
+
+
+def test_a_random_climb_has_length_eta(training):
+    t, seen = training, []
+    theta = vector(t.model.parameters()).clone()
+
+    def loss_of(batch):
+        seen.append(vector(t.model.parameters()).clone() - theta)
+        return t.loss_of(batch)
+
+    moved, _ = t.change(arms.random_climb(t.model, loss_of, t.args, 0.7, None))
+    assert seen[0].norm().item() == pytest.approx(0.7, rel=1e-3)
+    torch.nn.utils.vector_to_parameters(theta + seen[0], t.model.parameters())
+    assert torch.allclose(moved, t.minus_gradient(t.loss_of(t.D[:8])), atol=1e-4)
+
+
+def test_scale_multiplies_the_rewards_and_does_nothing_else(training):
+    t = training
+    moved, figures = t.change(arms.scaled(t.model, t.loss_of, t.args, 0.5, t.S_file))
+    factor, J_before = figures["factor"], t.J()
+    expected = t.minus_gradient(t.loss_of(t.D[:8], factor))
+    head = t.model.score.weight.numel()  # its gradient is taken at factor * head
+    expected[-head:] /= factor
+    assert torch.allclose(moved, expected, atol=1e-5)
+    t.J().backward()
+    with metarm.lookahead(t.model, 0.5, normalize=True), torch.no_grad():
+        J_of_climb = t.J()
+    with torch.no_grad():
+        t.model.score.weight.mul_(factor)
+    assert t.J().item() == pytest.approx(J_of_climb.item(), abs=1e-6) and J_of_climb > J_before
+
+
+def test_joint_descends_along_L_minus_lambda_J(training):
+    t = training
+    moved, _ = t.change(arms.joint(t.model, t.loss_of, t.args, 0.3, t.S_file))
+    expected = t.minus_gradient(t.loss_of(t.D[:8]) - 0.3 * t.J())
+    assert torch.allclose(moved, expected, atol=1e-5)
+
+
+def test_ocrm_weighs_pairs_by_what_the_policy_says(training, tmp_path):
+    t, other = training, make_policy(tmp_path / "other", seed=1)
+    logs = []
+    for name in (other, t.policy_folder):
+        model, tokenizer = ppo.load_policy(name)
+        said = ppo.collate(tokenizer, [row for pair in t.D for row in pair])
+        logs.append(ppo.response_logprobs(model, said).sum(1).view(-1, 2).sum(1))
+    expected = torch.exp(0.1 * (logs[0] - logs[1])).detach()
+    weights = arms.pair_weights(t.pairs, other, t.policy_folder, 0.1)
+    assert torch.allclose(weights, expected / expected.mean(), rtol=1e-3)
+    moved, _ = t.change(arms.weighted(t.model, t.loss_of, t.args, 0.1, other))
+    rewards = rm.rewards_of(t.model, t.model, t.tokenizer, t.D[:8]).view(-1, 2)
+    assert torch.allclose(
+        moved, t.minus_gradient(rm.preference_loss(*rewards.unbind(1), weights[:8])), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", arms.STEPS)
+def test_without_its_knob_an_arm_is_plain_training(training, tmp_path, kind):
+    """Same head, same order of D, same optimizer: what differs is the knob's doing."""
+    options = ["--model", training.policy_folder, "--data", training.D_file, "--lr", "1e-3"]
+    source = make_policy(tmp_path / "p", seed=1) if kind == "ocrm" else training.S_file
+    found = []
+    for how in (("plain", 0.0), (kind, 0.0), (kind, 0.5)):
+        out = arms.reward_model(how[0], tmp_path / f"{how}", options, 3, how[1], source)
+        found.append(vector(rm.load_reward_model(str(out))[0].parameters()))
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert not torch.allclose(found[0], found[2], atol=1e-5)
 
 
 def test_gold_takes_the_rms_place_and_gives_it_back():
     original = rm.score
-    with pytest.raises(ZeroDivisionError), arms.gold_as_reward():
+    with pytest.raises(ZeroDivisionError), arms.replaced("score", arms.gold_score):
         assert rm.score(None, None, [NOTE], [""]).item() == data.gold_reward(NOTE, "")
         raise ZeroDivisionError
     assert rm.score is original
 
 
-def test_the_page_says_what_the_csv_says(tmp_path):
-    """Each row of page.py's tables stands in the page (the stop rules have a column more there)."""
-    text = (STUDY / "README.md").read_text(encoding="utf-8")
-    rows = [row for row in page.tables(STUDY).splitlines() if "[" in row]
-    assert len(rows) > 60 and not [row for row in rows if "\n" + row[:-2] not in text]
-    table = page.Table(page.read_rows(STUDY / "study.csv"), "summary")
-    best, predicted = table.at_best("ppo", "gold"), table.get("ppo", "rm")
-    assert f"| {page.show(best)} | {page.show(predicted)} |" in text
-    page.pictures(table, tmp_path)
-    assert len(list(tmp_path.glob("summary-*.png"))) == 2
+# ------------------------------------------------------------------------------------- the driver
+def test_a_killed_study_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    trained, fatal = [], [("stale@1", 0)]
 
+    class World:
+        def __init__(self, *_):
+            pass
 
-def test_the_readme_says_what_the_csv_says():
-    """Each "mean [low, high]" under "What we found" is a figure of study.csv, or a difference."""
-    front = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
-    section = front.partition("\n## What we found")[2].partition("\n## ")[0]
-    said = re.findall(r"−?[\d.]+ \[−?[\d.]+, −?[\d.]+\]", section)
-    rows, known = page.read_rows(STUDY / "study.csv"), set()
-    metrics = "gold shifted.matched gold.matched shifted.J shifted.margin_sd D.noisy kl rm".split()
-    for table in (page.Table(rows, task) for task in summary.WORLDS):
-        for arm, r in itertools.product(page.NAMES, (1, 2, 3, 4)):
-            found = [table.get(arm, metric, r) for metric in metrics]
-            for rival in ("sft", "dpo", "ppo", "reseeded", "random"):
-                found += [table.gain(arm, metric, r, rival) for metric in metrics]
-                found.append(table.net(arm, rival, r))
-            known |= {page.show(x, digits) for x in found if x for digits in (0, 1, 2, 3)}
-    assert set(said) <= known, set(said) - known
+        def reward_model(self, arm, head):
+            if (arm, head) in fatal:
+                raise KeyboardInterrupt
+            trained.append((arm, head))
+            return head
 
+        def measure(self, arm, folder):
+            return {"shifted.matched": 60.0 + folder, "shifted.margin_sd": 0.5, "x": math.nan}
 
-def test_a_cell_is_written_whole_and_known(tmp_path):
-    csv, cell = tmp_path / "study.csv", ("dialogue", 0, "ppo", 1)
-    page.append_rows(csv, [(*cell, "gold", 0.123456), (*cell, "kl", math.nan)])
-    page.append_rows(csv, [("dialogue", 0, "sft", 0, "gold", 0.0)])
-    assert page.read_rows(csv)[0] == (*cell, "gold", 0.1235) and len(page.read_rows(csv)) == 2
-    assert cell in page.cells(csv)
+    monkeypatch.setattr(study, "World", World)
+    (tmp_path / "settings.json").write_text('{"chosen": {"dialogue": {}}}')
+    args = SimpleNamespace(runs=tmp_path, out=tmp_path, small=True, heads=2, more=1)
+    job = args, "dialogue", 5, study.PRIMARY
+    with pytest.raises(KeyboardInterrupt):
+        study.run_world(*job)
+    assert trained == [("rm0", 0), ("plain", 0), ("first@1", 0)]
+    fatal.clear()
+    study.run_world(*job)
+    assert trained[3:] == [("stale@1", 0), ("plain", 1), ("first@1", 1), ("stale@1", 1)]
+    assert study.missing(*job) == [] and len(page.read_rows(tmp_path)) == 14  # NaN stays out
+    assert study.missing(args, "dialogue", 5, ["gold"]) == [("dialogue", 5, "gold", 0)]
+    assert page.read_rows(tmp_path)[-2] == ("dialogue", 5, "stale@1", 1, "shifted.matched", 61.0)
+    told = page.tables(tmp_path)
+    assert "| 0.00 | nan | 1 |" in told and "60.5" in told
+    page.pictures(tmp_path, tmp_path)
+    assert len(list(tmp_path.glob("dialogue-*.png"))) == 2
 
 
 def test_docs_stay_small():

@@ -1,17 +1,17 @@
 """The reward models that the study compares: `reward_model` trains one of any kind.
 
-All kinds of one seed start from the same head and see D in the same order, with rm.py's options.
-They differ in the step they take:
+All of one seed start from the same head and see D in the same order. They differ in the step:
 
-    plain     Eq. 1 on D                                             rm.py
-    first     MetaRM, first order, climb eta                         metarm.py
-    exact     MetaRM, exact order, climb eta                         metarm.py
-    adapted   as first, but theta' of the trained model is kept      metarm.py --save_adapted
-    random    a climb of length eta in a random direction            below
-    joint     minimises L - lam * J: no climb                        below
-    ocrm      Eq. 1 with the weights of Ackermann et al. 2025        below
-
-    python docs/study/arms.py --kind joint --knob 0.3 --model SFT --data D --meta S --out RM
+    plain     Eq. 1 on D                                                      rm.py
+    first     MetaRM, first order, climb eta; S of the frozen policy          metarm.py
+    stale     the same, S of the SFT policy                                   metarm.py
+    exact     MetaRM, exact order, climb eta                                  metarm.py
+    literal   MetaRM, first order, climb eta * grad J, not normalised         metarm.py
+    random    a climb of length eta in a random direction                     below
+    scale     no climb: rewards are multiplied until J is as after a climb    below
+    joint     no climb: L - lam * J                                           below
+    ocrm      no climb: Eq. 1 with the weights of Ackermann et al. 2025       below
+    gold      as plain, with gold labels of S added to D                      rm.py
 """
 
 import contextlib
@@ -39,85 +39,152 @@ def stage(out: Path, main, *argv) -> Path:
     return out
 
 
-def reward_model(
-    kind: str, out: Path, options: list, seed: int, knob: float = 0.0, S=None, policy=None
-) -> Path:
-    """Returns the folder of an RM, trained unless it is there already.
+@contextlib.contextmanager
+def replaced(name: str, function):
+    """Inside, rm.py has another function of this name."""
+    original = getattr(rm, name)
+    setattr(rm, name, function)
+    try:
+        yield
+    finally:
+        setattr(rm, name, original)
 
-    options: rm.py's, at least --model and --data (for first, exact and adapted also metarm.py's).
-    seed: of the new head and of the order of D. knob: eta (normalised), lam or tau of the kind.
-    S: the samples.jsonl of a policy; plain and ocrm need none. policy: ocrm weighs D by how likely
-    it is under this one, against --model.
+
+def gold_score(model, tokenizer, prompts, responses, batch_size=64) -> torch.Tensor:
+    """The gold reward in rm.score's place: all that PPO asks its reward model."""
+    texts = zip(prompts, responses, strict=True)
+    return torch.tensor([data.gold_reward(prompt, response) for prompt, response in texts])
+
+
+def reward_model(kind: str, out: Path, options: list, seed: int, knob=0.0, source=None) -> Path:
+    """Returns the folder of an RM, trained unless it is there already; MetaRM's θ' is beside it.
+
+    options: rm.py's, at least --model and --data. seed: of the new head and of the order of D.
+    knob: eta, lam or tau of the kind. source: S, the samples.jsonl of a policy; for ocrm, the
+    policy.
     """
     options = [*options, "--seed", seed]
-    if kind == "plain":
+    if kind in ("plain", "gold"):
         return stage(out, rm.main, *options)
-    if kind in ("first", "exact", "adapted"):
-        adapted = out.with_name("adapted")
-        if not out.exists():  # else of a run that was killed between the two
-            shutil.rmtree(adapted, ignore_errors=True)
-        order = "exact" if kind == "exact" else "first"
-        options += ["--meta", S, "--eta", knob, "--normalize", "--order", order]
-        stage(out, metarm.main, *options, "--save_adapted", adapted)
-        return adapted if kind == "adapted" else out
-    source = ["--policy", policy] if kind == "ocrm" else ["--meta", S]
-    return stage(out, main, *options, "--kind", kind, "--knob", knob, *source)
+    if kind in STEPS:
+
+        def gradient_step(model, loss_of, args):  # rm.py's training, with another step
+            return STEPS[kind](model, loss_of, args, knob, source)
+
+        options += ["--checkpoint_minutes", 1e6]  # the noise and S's order would not be kept
+        with replaced("gradient_step", gradient_step):
+            return stage(out, rm.main, *options)
+    adapted = out.with_name("adapted")
+    if not out.exists():  # else of a run that was killed between the two
+        shutil.rmtree(adapted, ignore_errors=True)
+    options += ["--meta", source, "--eta", knob, "--save_adapted", adapted]
+    options += ["--order", "exact" if kind == "exact" else "first"]
+    options += ["--no-normalize" if kind == "literal" else "--normalize"]
+    return stage(out, metarm.main, *options)
 
 
-def random_step(args, model, tokenizer, pairs, D):
-    """The step of `random`: MetaRM's, with noise in place of grad J."""
-    noise = torch.Generator().manual_seed(args.seed)
+def step_along(model, args, gradient):
+    """A step for rm.fit: gradient(batch of D) leaves a gradient in p.grad and returns figures."""
 
     def step(optimizer, batch, number):
-        for p in model.parameters():  # lookahead takes what is in p.grad for grad J
-            p.grad = torch.randn(p.shape, generator=noise)
-        with metarm.lookahead(model, args.knob, normalize=True):
-            loss = rm.pair_loss(model, model, tokenizer, batch)
-            loss.backward()
+        figures = gradient(batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        return figures
+
+    return step
+
+
+def batches_of_S(model, args, S):
+    """Yields, for each of MetaRM's batches of S in turn, a function: its rewards (m, k)."""
+    _, tokenizer = rm.load_reward_model(args.model, args.seed)
+    _, groups = rm.encode_groups(model, tokenizer, data.read_meta(S), S)
+    for seed in itertools.count(args.seed + 1_000_000):  # metarm.py's: a new order for each pass
+        for batch in rm.epoch_batches([0] * len(groups), 16, seed):
+            some = [groups[i] for i in batch]
+            yield lambda some=some: rm.rewards_of(model, model, tokenizer, some).view(len(some), -1)
+
+
+def random_climb(model, loss_of, args, eta, source):
+    """MetaRM's step with noise in place of grad J."""
+    noise = torch.Generator().manual_seed(args.seed)
+
+    def gradient(batch):
+        for p in model.parameters():  # lookahead takes what is in p.grad for grad J
+            p.grad = torch.randn(p.shape, generator=noise)
+        with metarm.lookahead(model, eta, normalize=True):
+            loss = loss_of(batch)
+            loss.backward()
         return {"loss": loss.item()}
 
-    return step
+    return step_along(model, args, gradient)
 
 
-def joint_step(args, model, tokenizer, pairs, D):
-    """The step of `joint`: one gradient of L - knob * J, with MetaRM's batches of S."""
-    _, S = rm.encode_groups(model, tokenizer, data.read_meta(args.meta), args.meta)
-    passes = itertools.count(args.seed + 1_000_000)  # metarm.py's seeds: a new order for each pass
-    batches = itertools.chain.from_iterable(rm.epoch_batches([0] * len(S), 16, n) for n in passes)
-    descend = rm.gradient_step(
-        model, lambda part: rm.pair_loss(model, model, tokenizer, part), args
-    )
+def scaled(model, loss_of, args, eta, S):
+    """The gradient of L where all rewards are multiplied by one factor.
 
-    def step(optimizer, batch, number):
-        groups = [S[i] for i in next(batches)]
-        rewards = rm.rewards_of(model, model, tokenizer, groups).view(len(groups), -1)
-        (-args.knob * metarm.difference_loss(rewards)).backward()
-        return descend(optimizer, batch, number)  # adds the gradient of L, and takes the step
+    The factor lifts J on the batch of S as much as MetaRM's climb of eta would. What MetaRM does
+    beyond it is due to the climb's direction.
+    """
+    batches, head = batches_of_S(model, args, S), model.score.weight
 
-    return step
+    def gradient(batch):
+        rewards_of = next(batches)
+        rewards = rewards_of()
+        metarm.difference_loss(rewards).backward()
+        with metarm.lookahead(model, eta, normalize=True), torch.no_grad():
+            J = metarm.difference_loss(rewards_of())
+        factor, before = factor_to(rewards.detach(), J), head.detach().clone()
+        head.data.mul_(factor)  # theta': the rewards are linear in the head, which has no bias
+        loss = loss_of(batch)
+        loss.backward()
+        head.data.copy_(before)
+        return {"loss": loss.item(), "factor": factor}
+
+    return step_along(model, args, gradient)
 
 
-def weighted_step(args, model, tokenizer, pairs, D):
-    """The step of `ocrm`: Eq. 1 with a weight for each pair."""
-    weights = pair_weights(pairs, args.policy, args.model, args.knob)
-    print(f"{args.out}: weights of D from {weights.min():.2f} to {weights.max():.2f}")
-    weight_of = {id(pair): weight for pair, weight in zip(D, weights, strict=True)}
+def factor_to(rewards: torch.Tensor, J: torch.Tensor) -> float:
+    """Returns the factor, in 1/1000 ... 1000, by which rewards (m, k) have the J given."""
+    low, high = 1e-3, 1e3
+    for _ in range(40):  # J grows with the factor
+        middle = (low * high) ** 0.5
+        reached = metarm.difference_loss(middle * rewards) >= J
+        low, high = (low, middle) if reached else (middle, high)
+    return middle
 
-    def loss_of(part):
-        chosen, rejected = rm.rewards_of(model, model, tokenizer, part).view(-1, 2).unbind(1)
-        some = torch.stack([weight_of[id(pair)] for pair in part])
-        return rm.preference_loss(chosen, rejected, some.to(model.device))
 
-    return rm.gradient_step(model, loss_of, args)
+def joint(model, loss_of, args, lam, S):
+    """The gradient of L - lam * J, with MetaRM's batches of S."""
+    batches = batches_of_S(model, args, S)
+
+    def gradient(batch):
+        J, loss = metarm.difference_loss(next(batches)()), loss_of(batch)
+        (loss - lam * J).backward()
+        return {"loss": loss.item()}
+
+    return step_along(model, args, gradient)
+
+
+def weighted(model, loss_of, args, tau, policy):
+    """The gradient of Eq. 1 with OCRM's weight for each pair."""
+    pairs, (_, tokenizer) = data.read_preferences(args.data), rm.load_reward_model(args.model, 0)
+    _, D = rm.encode_groups(model, tokenizer, pairs, args.data)
+    weight_of = dict(zip(map(str, D), pair_weights(pairs, policy, args.model, tau), strict=True))
+
+    def gradient(batch):
+        chosen, rejected = rm.rewards_of(model, model, tokenizer, batch).view(-1, 2).unbind(1)
+        weights = torch.stack([weight_of[str(pair)] for pair in batch])
+        loss = rm.preference_loss(chosen, rejected, weights)
+        loss.backward()
+        return {"loss": loss.item()}
+
+    return step_along(model, args, gradient)
 
 
 @torch.no_grad()
-def pair_weights(
-    pairs: list[dict], policy: str, ref_policy: str, tau: float, batch_size: int = 64
-) -> torch.Tensor:
+def pair_weights(pairs: list[dict], policy: str, ref_policy: str, tau: float) -> torch.Tensor:
     """Returns OCRM's weights (n,) of preference pairs: towards what the current policy would say.
 
         w = exp(tau (log pi(y_w)/pi_ref(y_w) + log pi(y_l)/pi_ref(y_l))), divided by its mean over D
@@ -128,60 +195,14 @@ def pair_weights(
     """
     log_ratio = torch.zeros(len(pairs), dtype=torch.float64)
     for name, sign in ((policy, 1), (ref_policy, -1)):
-        model, tokenizer = ppo.load_policy(name)
-        model.to(rm.pick_device())
+        model, tokenizer = ppo.load_policy(str(name))
         _, groups = rm.encode_groups(model, tokenizer, pairs, f"pairs weighed by {name}")
-        by_length = torch.tensor(rm.row_lengths(groups)).argsort(stable=True).tolist()
-        for start in range(0, len(pairs), batch_size):
-            some = by_length[start : start + batch_size]
-            batch = ppo.collate(tokenizer, [row for i in some for row in groups[i]], model.device)
-            with rm.autocast(model.device):
-                logprobs = ppo.response_logprobs(model, batch).sum(dim=1)
-            log_ratio[some] += sign * logprobs.double().cpu().view(-1, 2).sum(dim=1)
+        by_length = torch.tensor(rm.row_lengths(groups)).argsort(stable=True)
+        for some in by_length.split(64):
+            batch = ppo.collate(tokenizer, [row for i in some for row in groups[i]])
+            logprobs = ppo.response_logprobs(model, batch).sum(dim=1)
+            log_ratio[some] += sign * logprobs.double().view(-1, 2).sum(dim=1)
     return (len(pairs) * torch.softmax(tau * log_ratio, dim=0)).float()  # exp without overflow
 
 
-STEPS = {"random": random_step, "joint": joint_step, "ocrm": weighted_step}
-
-
-def train(args) -> None:
-    """The command: rm.py's training with another step."""
-    with data.output_folder(args.out) as work:
-        model, tokenizer = rm.load_reward_model(args.model, args.seed)
-        model.to(rm.pick_device())
-        pairs = data.read_preferences(args.data)
-        pairs, D = rm.encode_groups(model, tokenizer, pairs, args.data, args.max_length)
-        step = STEPS[args.kind](args, model, tokenizer, pairs, D)
-        rm.fit(args, work, model, D, step, rm.look_at(args, model, tokenizer))
-        rm.save_model(model, tokenizer, work)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = data.new_parser("arms.py", __doc__)
-    rm.training_options(parser)
-    parser.set_defaults(checkpoint_minutes=float("inf"))  # the noise and S's order are not kept
-    parser.add_argument("--kind", required=True, choices=STEPS, help="which step to take")
-    parser.add_argument("--knob", type=float, default=0.0, help="eta, lam or tau")
-    parser.add_argument("--meta", default="", help="joint: S, .jsonl")
-    parser.add_argument("--policy", default="", help="ocrm: the policy that weighs D")
-    return data.command(parser, train, argv)
-
-
-@contextlib.contextmanager
-def gold_as_reward():
-    """Inside, PPO gets the gold reward in place of its reward model's: it asks rm.score alone."""
-    original = rm.score
-
-    def gold(model, tokenizer, prompts, responses, batch_size=64):
-        texts = zip(prompts, responses, strict=True)
-        return torch.tensor([data.gold_reward(prompt, response) for prompt, response in texts])
-
-    rm.score = gold
-    try:
-        yield
-    finally:
-        rm.score = original
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+STEPS = {"random": random_climb, "scale": scaled, "joint": joint, "ocrm": weighted}

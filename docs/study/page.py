@@ -1,14 +1,14 @@
-"""The judge: intervals, tests, verdicts, stop rules, tables and pictures, from study.csv alone.
+"""The judge: intervals, tests, verdicts, tables and pictures, from study.csv alone.
 
-The rules, fixed before the main seeds were run:
+The rules, fixed before the main worlds were run:
 
-  Primary   round 3 of every arm. Secondary: the round with the best gold on validation prompts.
-  Interval  mean and 95 % t interval over seeds; two arms are compared seed by seed (paired).
-  Verdict   BETTER: yes, if the difference is above 0 with p < 0.05 after Holm's correction over all
-            such claims of the task; no, if the whole interval lies below the margin, the least gain
-            worth having; else unclear. STAYS: yes, if the whole interval lies within the margin on
-            both sides; no, if it lies outside; else unclear.
-  Control   does as well, if the difference of MetaRM to it is not above 0 by its own interval.
+  World     two arms are compared head by head (the same new head, the same order of D); the
+            differences are averaged within a world, and the worlds are the sample.
+  Interval  mean and 95 % t interval over worlds.
+  Primary   the two CONTRASTS: accuracy on the frozen policy's fresh samples, at the gold gaps of
+            SFT samples. Yes, if the difference is above 0 with p < 0.05 after Holm's correction
+            over the two; no, if the whole interval lies below MARGIN; else unclear.
+  Secondary everything else.
 """
 
 import csv
@@ -18,19 +18,21 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
-from summary import table as read_table
 
-import data
-
-PRIMARY, METHOD, CONTROLS = 3, "metarm-first", ("reseeded", "random", "ocrm")
-Seeds = dict[int, float]  # a figure of each seed
+PRIMARY = "shifted.matched"
+CONTRASTS = {
+    "MetaRM orders shifted samples better than a plain RM": ("first@1", "plain"),
+    "and better than with S from the SFT policy": ("first@1", "stale@1"),
+}
+MARGIN = 2.0  # points: the least gain worth having
+Worlds = dict[int, float]  # a figure of each world, by its seed
 
 # ------------------------------------------------------------------------------------- statistics
 
 
 def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high) over seeds; of one seed there is no interval (NaN)."""
-    x = np.array([value for value in values if value == value], float)
+    """(mean, low, high) over worlds; of one world there is no interval (NaN)."""
+    x = np.array(list(values), float)
     if len(x) < 2:
         return (float(x.mean()) if len(x) else math.nan), math.nan, math.nan
     half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
@@ -38,13 +40,9 @@ def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
 
 
 def p_value(differences) -> float:
-    """Two-sided, of the one-sample t test of a mean of 0."""
+    """Two-sided, of the one-sample t test of a mean of 0; NaN of fewer than two worlds."""
     x = np.array(list(differences), float)
-    if len(x) < 2:
-        return math.nan
-    if x.std() == 0:
-        return float(x.mean() == 0)
-    return float(stats.ttest_1samp(x, 0).pvalue)
+    return float(stats.ttest_1samp(x, 0).pvalue) if len(x) > 1 else math.nan
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -56,15 +54,7 @@ def holm(p_values: list[float]) -> list[float]:
     return [adjusted.get(p, math.nan) for p in p_values]
 
 
-def stays(interval: tuple, margin: float) -> str:
-    """yes, no or unclear: is the whole interval within the margin on both sides?"""
-    _, low, high = interval
-    if -margin < low and high < margin:
-        return "yes"
-    return "no" if low > margin or high < -margin else "unclear"
-
-
-def better(interval: tuple, p: float, margin: float) -> str:
+def better(interval: tuple, p: float, margin: float = MARGIN) -> str:
     """yes, no or unclear, by Holm's p; no: a gain worth having is ruled out."""
     mean, _, high = interval
     if mean > 0 and p < 0.05:
@@ -72,297 +62,251 @@ def better(interval: tuple, p: float, margin: float) -> str:
     return "no" if high < margin else "unclear"
 
 
-def at_equal_kl(kl: list[float], gold: list[float], grid: list[float]) -> list[float]:
-    """Gold when the policy had come so far: over KL's running maximum; NaN beyond it."""
-    far, gold = np.maximum.accumulate([0.0, *kl]), [0.0, *gold]
-    return [float(np.interp(x, far, gold)) if x <= far[-1] else math.nan for x in grid]
+def smallest_effect(sd: float, worlds: int, alpha: float = 0.025, power: float = 0.8) -> float:
+    """The mean difference that a t test sees with this power, if differences vary by sd.
 
-
-def minus(a: Seeds, b: Seeds) -> Seeds:
-    """a - b over the seeds that have both."""
-    return {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+    alpha, two-sided: 0.05 / 2 is what Holm asks of the smaller of two p values.
+    """
+    critical, effects = stats.t.ppf(1 - alpha / 2, worlds - 1), np.linspace(0.01, 8, 800)
+    reached = stats.nct.sf(critical, worlds - 1, effects * math.sqrt(worlds))
+    return float(sd * np.interp(power, reached, effects))
 
 
 # --------------------------------------------------------------------------------------- the rows
 
-COLUMNS = ("task", "seed", "arm", "round", "metric", "value")
+
+def read_rows(folder: Path) -> list[tuple]:
+    """(task, seed, arm, head, metric, value) of each line of study.csv; none if there is none."""
+    path = folder / "study.csv"
+    rows = csv.reader(path.read_text(encoding="utf-8").splitlines()[1:]) if path.exists() else []
+    return [(task, int(s), arm, int(h), what, float(x)) for task, s, arm, h, what, x in rows]
 
 
-def read_rows(path: Path) -> list[tuple]:
-    """(task, seed, arm, round, metric, value) of each line; none if there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as lines:
-        _, *rows = csv.reader(lines)
-    return [(task, int(s), arm, int(r), what, float(x)) for task, s, arm, r, what, x in rows]
+def cells(folder: Path) -> set[tuple]:
+    """{(task, seed, arm, head)}: what is measured already."""
+    return {row[:4] for row in read_rows(folder)}
 
 
-def cells(path: Path) -> set[tuple]:
-    """{(task, seed, arm, round)}: what is measured already."""
-    return {row[:4] for row in read_rows(path)}
-
-
-def append_rows(path: Path, rows: list[tuple]) -> None:
-    """Adds the rows of a cell, all or none; NaN stays out."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ",".join(COLUMNS) + "\n"
+def append_rows(folder: Path, rows: list[tuple]) -> None:
+    """Adds the rows of a cell to study.csv in one write, as other processes do; NaN stays out."""
     lines = [f"{','.join(map(str, row[:5]))},{row[5]:.4g}\n" for row in rows if row[5] == row[5]]
-    data.write_text(path, before + "".join(lines))
+    with open(folder / "study.csv", "ab", buffering=0) as file:
+        file.write(
+            ((file.tell() == 0) * "task,seed,arm,head,metric,value\n" + "".join(lines)).encode()
+        )
 
 
 def read_settings(folder: Path) -> dict:
-    """settings.json of a folder: the knobs chosen by tuning, and the stop rules' thresholds."""
+    """settings.json of a folder: what was tried on the tuning seeds, and what was chosen."""
     path = folder / "settings.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def by_world(some: dict[tuple, float]) -> Worlds:
+    """{seed: mean over heads} of {(seed, head): value}."""
+    heads: dict[int, list[float]] = {}
+    for (seed, _), value in sorted(some.items()):
+        heads.setdefault(seed, []).append(value)
+    return {seed: float(np.mean(values)) for seed, values in heads.items()}
+
+
 class Table:
-    """study.csv, by (task, arm, round, metric): {seed: value}."""
+    """study.csv of a task, by (arm, metric): {(seed, head): value}."""
 
     def __init__(self, rows: list[tuple], task: str):
-        self.task, self.found = task, {}
-        for t, seed, arm, r, metric, value in rows:
+        self.found: dict[tuple, dict] = {}
+        for t, seed, arm, head, metric, value in rows:
             if t == task:
-                self.found.setdefault((arm, r, metric), {})[seed] = value
+                self.found.setdefault((arm, metric), {})[seed, head] = value
 
-    def get(self, arm: str, metric: str, r: int = PRIMARY) -> Seeds:
-        return self.found.get((arm, 0 if arm in ("sft", "dpo") else r, metric), {})
+    def get(self, arm: str, metric: str) -> Worlds:
+        """An arm's figure in each world."""
+        return by_world(self.found.get((arm, metric), {}))
 
-    def net(self, arm: str, rival: str, r: int = PRIMARY) -> Seeds:
-        """Wins minus losses, points, against `rival` in the same round."""
-        return minus(self.get(arm, f"win.{rival}", r), self.get(arm, f"lose.{rival}", r))
+    def gain(self, arm: str, metric: str = PRIMARY, rival: str = "plain") -> Worlds:
+        """An arm minus another in each world. RESEEDED: plain RMs minus the first of them."""
+        a = self.found.get(("plain" if arm == RESEEDED else arm, metric), {})
+        b = self.found.get((rival, metric), {})
+        if arm == RESEEDED:
+            a = {cell: value for cell, value in a.items() if cell[1] > 0}
+            b = {cell: b[cell[0], 0] for cell in a}
+        return by_world({cell: a[cell] - b[cell] for cell in a.keys() & b.keys()})
 
-    def gain(self, arm: str, metric: str, r: int = PRIMARY, rival: str = "ppo") -> Seeds:
-        return minus(self.get(arm, metric, r), self.get(rival, metric, r))
-
-    def rounds(self, arm: str, metric: str) -> dict[int, list[float]]:
-        """{seed: [round 1, round 2, ...]}, as far as there is no gap."""
-        found: dict[int, list[float]] = {}
-        for r in range(1, 100):
-            for seed, value in self.get(arm, metric, r).items():
-                if len(found.setdefault(seed, [])) == r - 1:
-                    found[seed].append(value)
-        return found
-
-    def path(self, arm: str, what: str, last: int = 4) -> list[Seeds]:
-        """The curve of kl, gold or rm over PPO, in each third of each round."""
-        return [self.get(arm, f"curve{i}.{what}", r) for r in range(1, last + 1) for i in range(3)]
-
-    def at_best(self, arm: str, metric: str, last: int = PRIMARY) -> Seeds:
-        """In the round up to `last` that has the highest gold on validation prompts."""
-        best, values = self.rounds(arm, "gold.valid"), self.rounds(arm, metric)
-        return {seed: values[seed][int(np.argmax(gold[:last]))] for seed, gold in best.items()}
+    def arms(self) -> list[str]:
+        """The arms that are compared with the plain RM, in the page's order."""
+        known, order = {arm for arm, _ in self.found} | {RESEEDED}, list(NAMES)
+        return sorted(known - {"plain", "rm0"}, key=lambda arm: (order.index(kind(arm)), knob(arm)))
 
 
-# --------------------------------------------------------------------------------------- verdicts
+# ------------------------------------------------------------------------------------------ tables
 
-# claim: better or stays / margin / the paper's figure, dialogue / summary / what it is a claim on
-CLAIMS = read_table("""
-orders shifted samples better than RM₀ (accuracy at the same gold gap, points):
-    better / 2 / yes (Fig. 5), no figure / yes (Fig. 5), no figure / gain shifted.matched
-orders samples that no RM chose better than RM₀ (accuracy at the same gold gap, points):
-    better / 2 / – / – / gain gold.matched
-holds shifted samples further apart than RM₀ (mean gap, SD):
-    better / 0.1 / yes (Fig. 5), no figure / yes (Fig. 5), no figure / gain shifted.margin_sd
-identifies subtle differences OOD (accuracy, points):
-    better / 2 / yes, no figure / yes, no figure / gain ood.matched
-policy better than PPO (wins − losses, points): better / 5 / +39, +60 / +31 / net ppo
-policy better than DPO (wins − losses, points): better / 5 / +14, +51 / +24 / net dpo
-OOD policy better than PPO there (wins − losses on OOD prompts, points):
-    better / 5 / yes (Fig. 3) / yes (Fig. 3) / ood ppo.ood
-keeps accuracy on D (points against RM₀):
-    stays / 2 / yes (Fig. 4) / yes (Fig. 4) / gain D.noisy
-rounds pay (wins − losses against SFT, round 3 over round 1, points):
-    better / 5 / +34, +39 / +35 / over 1
-a decline after round 3 (wins − losses against SFT, round 3 over round 4, points):
-    better / 5 / +7, +9 / −13 (a round later: +9) / over 4
-""")
-
-
-def differences(table: Table, arm: str, claimed: str) -> Seeds:
-    """An arm's differences to a claim's baseline, seed by seed: 0 is "no better"."""
-    how, what = claimed.split()
-    if how == "gain":
-        return table.gain(arm, what)
-    if how == "over":
-        return minus(table.net(arm, "sft"), table.net(arm, "sft", int(what)))
-    return table.net(f"{arm}@ood=1", what, 2) if how == "ood" else table.net(arm, what)
-
-
-def verdicts(table: Table) -> list[list[str]]:
-    """A row per claim: its verdict, our figure, p, the paper's figure, each control's answer."""
-    found, ps = {}, []
-    for claim, (kind, *_, claimed) in CLAIMS.items():
-        found[claim] = {arm: differences(table, arm, claimed) for arm in (METHOD, *CONTROLS)}
-        ps.append(p_value(found[claim][METHOD].values()) if kind == "better" else math.nan)
-    rows = []
-    for (claim, (kind, margin, *paper, _)), p in zip(CLAIMS.items(), holm(ps), strict=True):
-        ours, margin, controls = found[claim][METHOD], float(margin), []
-        interval = t_interval(ours.values())
-        verdict = better(interval, p, margin) if kind == "better" else stays(interval, margin)
-        for control in CONTROLS:
-            theirs = found[claim][control]
-            _, low, _ = t_interval(minus(ours, theirs).values())
-            if not theirs:
-                controls.append("–")
-            elif kind == "stays":
-                controls.append(stays(t_interval(theirs.values()), margin))
-            else:
-                controls.append("no" if low > 0 else "yes")
-        row = [claim, f"**{verdict if ours else 'not run'}**", show(ours)]
-        row += ["–" if p != p else f"{p:.3f}", paper[table.task != "dialogue"], *controls]
-        rows.append(row)
-    return rows
-
-
-# ------------------------------------------------------------------------------------- stop rules
-
-# What somebody without labels can look at after each round: (the metric, what is true of it while
-# one goes on: "+" it is at least the threshold, "-" at most).
-STOP_RULES = {
-    "KL to SFT stays below": ("kl", "-"),
-    "reward spread on fresh samples stays above": ("own.variance_sd", "+"),
-    "J on fresh samples stays above": ("own.J_sd", "+"),
-    "successive RMs agree on fresh samples": ("own.disagree", "-"),
-    "accuracy on held-out D stays above": ("D.noisy", "+"),
-}
-
-
-def stop_round(signal: list[float], threshold: float, sign: str) -> int:
-    """The last round before the signal crosses the threshold; round 1 is always taken."""
-    for taken, value in enumerate(signal):
-        if value < threshold if sign == "+" else value > threshold:
-            return max(1, taken)
-    return len(signal)
-
-
-def stops(table: Table, thresholds: dict[str, float]) -> list[list[str]]:
-    """A row per rule: threshold, mean round, best round or next to it, gold lost and gained."""
-    rows = []
-    for rule, threshold in thresholds.items():
-        metric, sign = STOP_RULES[rule]
-        signals, gold = table.rounds(METHOD, metric), table.rounds(METHOD, "gold")
-        gold = {
-            seed: g for seed, g in gold.items() if PRIMARY <= len(g) <= len(signals.get(seed, []))
-        }
-        at = {seed: stop_round(signals[seed], threshold, sign) for seed in gold}
-        hits = [abs(at[seed] - 1 - int(np.argmax(g))) <= 1 for seed, g in gold.items()]
-        lost = [max(g) - g[at[seed] - 1] for seed, g in gold.items()]
-        gained = [g[at[seed] - 1] - g[PRIMARY - 1] for seed, g in gold.items()]
-        if gold:
-            row = [rule, f"{threshold:.3g}", f"{np.mean(list(at.values())):.1f}"]
-            rows.append([*row, f"{100 * np.mean(hits):.0f}", show(lost), show(gained)])
-    return rows
-
-
-# ------------------------------------------------------------------------------ tables, pictures
-
+RESEEDED = "reseeded"
 NAMES = {
-    "sft": "SFT",
-    "dpo": "DPO",
-    "ppo": "PPO on RM₀",
-    "ppo-tuned": "PPO on RM₀, KL weight tuned",
-    "reseeded": "plain RM, reseeded",
-    "random": "random lookahead",
-    "metarm-first": "MetaRM, first order",
-    "metarm-exact": "MetaRM, exact",
-    "adapted": "MetaRM, θ′ scores",
-    "joint": "joint: L − λJ",
-    "ocrm": "OCRM, τ = 0.01",
-    "ocrm-tuned": "OCRM, τ tuned",
-    "oracle": "gold labels on S",
+    "first": "MetaRM, η × {}",
+    "stale": "MetaRM, S from SFT, η × {}",
+    "exact": "MetaRM exact, η × {}",
+    "literal": "MetaRM, {}·∇J",
+    "scale": "rewards scaled, η × {}",
+    "random": "random climb, η × {}",
+    RESEEDED: "plain RM, other seeds",
+    "joint": "joint: L − {}·J",
+    "ocrm": "OCRM, τ = {}",
+    "gold": "gold labels on S",
+    "plain": "plain RM",
 }
-COLOURS = "999 C7A 07B 5BE 097 863 D50 A30 F94 739 DC0 B90 000".split()
-COLOURS = {arm: f"#{colour}" for arm, colour in zip(NAMES, COLOURS, strict=True)}
+COLOURS = {name: f"C{i}" for i, name in enumerate(NAMES)}  # matplotlib's ten
+EFFECTS = {  # metric: (its heading, digits)
+    PRIMARY: ("right on shifted samples, points", 1),
+    "shifted.margin_sd": ("gap there, SD", 2),
+    "shifted.rho": ("rank correlation there", 3),
+    "sft.matched": ("right on SFT samples", 1),
+    "gold.matched": ("on the gold policy's", 1),
+    "ood.matched": ("OOD", 1),
+    "D.noisy": ("on held-out D", 1),
+}
 
 
-def show(values, digits: int = 2) -> str:
-    """mean [low, high] over seeds, or –."""
-    x, low, high = t_interval(values.values() if isinstance(values, dict) else values)
+def kind(arm: str) -> str:
+    return arm.partition("@")[0]
+
+
+def knob(arm: str) -> float:
+    return float(arm.partition("@")[2] or 0)
+
+
+def title(arm: str) -> str:
+    return NAMES[kind(arm)].format(arm.partition("@")[2])
+
+
+def show(values: Worlds, digits: int = 2) -> str:
+    """mean [low, high] over worlds, or –."""
+    x, low, high = t_interval(values.values())
     if x != x:
         return "–"
     text = f"{x:.{digits}f}" + ("" if low != low else f" [{low:.{digits}f}, {high:.{digits}f}]")
     return text.replace("-", "−")
 
 
-def findings(table: Table) -> list[list[str]]:
-    """A row per arm: gold, gold minus PPO's, wins minus losses against SFT, its RM's accuracy."""
-    rows = []
-    for arm, name in NAMES.items():
-        if table.get(arm, "gold") and arm != "sft":
-            gain = "–" if arm == "ppo" else show(table.gain(arm, "gold"))
-            net, right = table.net(arm, "sft"), table.get(arm, "shifted.matched")
-            rows.append([name, show(table.get(arm, "gold")), gain, show(net, 0), show(right, 1)])
+def verdicts(table: Table) -> list[list[str]]:
+    """A row per primary contrast."""
+    found, rows = {claim: table.gain(a, rival=b) for claim, (a, b) in CONTRASTS.items()}, []
+    ps = holm([p_value(some.values()) for some in found.values()])
+    for (claim, some), p in zip(found.items(), ps, strict=True):
+        sd = np.std(list(some.values()), ddof=1) if len(some) > 1 else math.nan
+        seen = smallest_effect(sd, max(2, len(some)))
+        row = [claim, f"**{better(t_interval(some.values()), p)}**", show(some), f"{p:.3f}"]
+        rows.append([*row, str(len(some)), f"{sd:.1f}", f"{seen:.1f}"])
     return rows
 
 
-def equal_kl(table: Table, grid=(1.0, 2.0, 4.0, 6.0)) -> list[list[str]]:
-    """A row per RL arm: gold when its policy was so many nats from SFT, over its rounds."""
-    rows = []
-    for arm, name in NAMES.items():
-        kl, gold, found = table.path(arm, "kl"), table.path(arm, "gold"), []
-        for seed in kl[0]:
-            there = [i for i, some in enumerate(kl) if seed in some]
-            path = [kl[i][seed] for i in there], [gold[i][seed] for i in there]
-            found.append(at_equal_kl(*path, grid))
-        if found:
-            rows.append([name, *(show(values) for values in zip(*found, strict=True))])
+def staleness(table: Table) -> list[list[str]]:
+    """A row per policy of the chain, on whose samples RM₀ is measured."""
+    columns = {"kl": 1, "worth": 2, "reward": 2, "matched": 1, "matched_sft": 1, "margin_sd": 2}
+    chain = sorted({what[:4] for arm, what in table.found if arm == "rm0" and what[:3] == "ppo"})
+    return [
+        [name, *(show(table.get("rm0", f"{name}.{what}"), n) for what, n in columns.items())]
+        for name in ("sft", *chain, "gold", "ood")
+    ]
+
+
+def effects(table: Table) -> list[list[str]]:
+    """A row for the plain RM, and for each arm one of its differences to it."""
+    rows = [["plain RM", *(show(table.get("plain", m), n) for m, (_, n) in EFFECTS.items())]]
+    for arm in table.arms():
+        found = [show(table.gain(arm, m), n) for m, (_, n) in EFFECTS.items()]
+        rows.append([title(arm), *found])
     return rows
 
 
-def markdown(headings: str, rows: list[list[str]]) -> str:
-    lines = [headings.split(" / "), ["---"] * len(rows[0]), *rows] if rows else [["*(not run)*"]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def climbs(table: Table) -> list[list[str]]:
+    """A row per arm with a θ': J's rise, θ' itself, the weights of pairs there, the share moved."""
+    rows, figures = [], {"climb.J": 3, "adapted.shifted.margin_sd": 2, "adapted.shifted.matched": 1}
+    for arm in ("plain", *table.arms()):
+        row = [title(arm), *(show(table.get(arm, what), n) for what, n in figures.items())]
+        for at in ("at", "beyond"):
+            flipped, right = (table.get(arm, f"{at}.weight.{x}") for x in ("flipped", "right"))
+            row.append(show({seed: flipped[seed] / right[seed] for seed in flipped}))
+        row += [show(table.get(arm, what), 0) for what in ("moved", "moved_bf16")]
+        rows += [row] if row[5] != "–" or arm == "plain" else []
+    return rows
+
+
+def rules(table: Table) -> list[list[str]]:
+    """A row per gold rule: % of pairs ordered as it alone orders them."""
+    columns = [("plain", "sft"), *((arm, "shifted") for arm in ("rm0", "plain", "first@1", "gold"))]
+    names = dict.fromkeys(what.split(".")[2] for _, what in table.found if ".rule." in what)
+    return [
+        [name, *(show(table.get(arm, f"{some}.rule.{name}"), 1) for arm, some in columns)]
+        for name in names
+    ]
+
+
+TABLES = {  # headings: the function that gives the rows
+    "claim / verdict / difference, points [95 %] / p (Holm) / worlds / SD over worlds"
+    " / smallest effect seen 8 times of 10": verdicts,
+    "samples of / KL, nats / gold, SD / reward by RM₀, SD / RM₀ right at matched gaps, %"
+    " / on SFT samples at these gaps, % / RM₀'s mean gap, SD": staleness,
+    " / ".join(["minus the plain RM", *(heading for heading, _ in EFFECTS.values())]): effects,
+    "RM / J's rise by a climb / gap at θ′, SD / right at θ′, % / weight of flipped over right pairs"
+    " at θ / at θ′ / weights moved, float32, % / bf16, %": climbs,
+    "rule / plain RM, SFT samples / RM₀, shifted / plain RM / MetaRM, η × 1 / gold labels": rules,
+}
 
 
 def tables(folder: Path) -> str:
-    """All tables of study.csv and settings.json, as Markdown."""
-    rows, parts = read_rows(folder / "study.csv"), []
+    """All tables of study.csv, as Markdown."""
+    rows, parts = read_rows(folder), []
     for task in sorted({row[0] for row in rows}):
-        table = Table(rows, task)
-        thresholds = read_settings(folder).get("thresholds", {}).get(task, {})
-        heads = "round 3 / gold reward, SD above SFT / gold, minus PPO on RM₀ / "
-        heads += "wins − losses against SFT / its RM right on vanilla PPO's samples, %"
-        parts += [f"## {task.capitalize()}\n", markdown(heads, findings(table))]
-        heads = "claim / verdict / figure [95 %] / p / paper / "
-        parts.append(markdown(heads + " / ".join(NAMES[arm] for arm in CONTROLS), verdicts(table)))
-        heads = "gold at equal KL / 1 nats / 2 nats / 4 nats / 6 nats"
-        parts.append(markdown(heads, equal_kl(table)))
-        heads = "stop rule / threshold / stops at round / best round or next to it, % / "
-        heads += "gold lost to the best / gained on always round 3"
-        parts.append(markdown(heads, stops(table, thresholds)))
+        parts.append(f"## {task.capitalize()}\n")
+        for headings, rows_of in TABLES.items():
+            lines = [headings.split(" / "), ["---"] * len(headings.split(" / "))]
+            lines += rows_of(Table(rows, task))
+            parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(parts)
 
 
-def pictures(table: Table, folder: Path) -> None:
-    """Draws a forest plot of differences to PPO on RM₀, and gold over KL; an arm has one colour."""
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def pictures(folder: Path, out: Path) -> None:
+    """Draws, per task, a forest plot of differences to the plain RM, and dose and response."""
     from matplotlib import figure, rcParams
 
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
-    arms = [arm for arm in NAMES if table.get(arm, "gold") and arm != "sft"]
-    panels = {
-        "gold": "gold reward, SD",
-        "shifted.matched": "accuracy on vanilla PPO's samples, points",
-        "gold.matched": "accuracy on samples that no RM chose, points",
-    }
-    page = figure.Figure((12, 1.5 + 0.3 * len(arms)), layout="constrained")
-    for axes, (metric, label) in zip(page.subplots(1, 3, sharey=True), panels.items(), strict=True):
-        for y, arm in enumerate(reversed(arms)):
-            x, low, high = t_interval(table.gain(arm, metric).values())
-            axes.plot([low, high], [y, y], color=COLOURS[arm], lw=2.5)
-            axes.plot(x, y, "o", color=COLOURS[arm])
-        axes.set_yticks(range(len(arms)), [NAMES[arm] for arm in reversed(arms)])
-        axes.axvline(0, color="#BBBBBB", lw=1)
-        axes.set_xlabel(label)
-    page.suptitle("Round 3, minus PPO on RM₀ (95 %)", x=0.01, ha="left")
-    page.savefig(folder / f"{table.task}-differences.png", dpi=110)
+    rows = read_rows(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    for task in sorted({row[0] for row in rows}):
+        for draw in (forest, doses):
+            page = figure.Figure(layout="constrained")
+            draw(page, Table(rows, task))
+            page.savefig(out / f"{task}-{draw.__name__}.png", dpi=110)
 
-    page = figure.Figure((11, 4.5), layout="constrained")
-    panels = {"gold": "gold reward", "rm": "predicted by the arm's own RM"}
-    for axes, (key, label) in zip(page.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        for arm in arms:
-            x, y = (table.path(arm, what, PRIMARY) for what in ("kl", key))
-            x, y = ([t_interval(some.values())[0] for some in side] for side in (x, y))
-            axes.plot(x, y, ".-", color=COLOURS[arm], label=NAMES[arm])
-        axes.set(title=label, xlabel="KL to the SFT policy, nats", ylabel="reward, SD above SFT")
+
+def forest(page, table: Table) -> None:
+    """Each arm minus the plain RM, in three measures."""
+    arms, metrics = table.arms()[::-1], (PRIMARY, "shifted.margin_sd", "D.noisy")
+    page.set_size_inches(12, 1.5 + 0.3 * len(arms))
+    for axes, metric in zip(page.subplots(1, 3, sharey=True), metrics, strict=True):
+        for y, arm in enumerate(arms):
+            x, low, high = t_interval(table.gain(arm, metric).values())
+            axes.plot([low, high], [y, y], color=COLOURS[kind(arm)], lw=2.5)
+            axes.plot(x, y, "o", color=COLOURS[kind(arm)])
+        axes.set_yticks(range(len(arms)), [title(arm) for arm in arms])
+        axes.axvline(0, color="#BBBBBB", lw=1)
+        axes.set_xlabel(EFFECTS[metric][0])
+    page.suptitle("Minus the plain RM of the same head (95 % over worlds)", x=0.01, ha="left")
+
+
+def doses(page, table: Table) -> None:
+    """Accuracy and gap on shifted samples, minus the plain RM's, over the length of the climb."""
+    page.set_size_inches(11, 4)
+    for axes, metric in zip(page.subplots(1, 2), (PRIMARY, "shifted.margin_sd"), strict=True):
+        for name in dict.fromkeys(kind(arm) for arm in table.arms() if " η ×" in NAMES[kind(arm)]):
+            arms = [arm for arm in table.arms() if kind(arm) == name]
+            points = [t_interval(table.gain(arm, metric).values()) for arm in arms]
+            x, (y, low, high) = [knob(arm) for arm in arms], np.reshape(points, (-1, 3)).T
+            axes.plot(x, y, "o-", color=COLOURS[name], label=NAMES[name].partition(", η")[0])
+            axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, lw=0)
+        axes.axhline(0, color="#BBBBBB", lw=1)
+        axes.set(xscale="log", xlabel="η, times the primary", ylabel=EFFECTS[metric][0])
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    page.savefig(folder / f"{table.task}-gold_over_kl.png", dpi=110)

@@ -1,69 +1,61 @@
-"""The evidence: what MetaRM does, over seeds and two worlds where the truth (gold) is known.
+"""The evidence: does MetaRM tell new responses apart? Reward models against a frozen policy.
 
     python docs/study/study.py                     all cells that study.csv does not have
-    python docs/study/study.py --tasks dialogue --seeds 0,1 --arms dpo,metarm-first,joint@lam=1
-    python docs/study/study.py --pictures FOLDER   the same; draws pictures at the end
+    python docs/study/study.py --tasks dialogue --seeds 200,201 --arms plain,first@1 --heads 2
+    python docs/study/study.py --tables            runs nothing, prints the tables
+    python docs/study/study.py --pictures FOLDER   draws pictures at the end
 
-A cell is a (task, seed, arm, round). Its figures become rows of OUT/study.csv (task,seed,arm,round,
-metric,value) as soon as it is measured, and a cell that stands there is not run again: interrupted,
-the same command goes on. Models and samples are kept in --runs. OUT/settings.json has the knobs
-chosen on the tuning seeds 100 and 101; "arm@knob=value" changes one thing of an arm. After a change
-of the code or the settings, name another --runs and --out.
+A world (task, seed) has an SFT policy, D, RM₀ and one chain of PPO against RM₀, whose last policy
+is frozen: S is sampled from it, and the reward models of all arms are measured on fresh samples of
+it. A cell is (task, seed, arm, head); a head is the seed of a reward model's new head and of the
+order of D. Its figures become rows of OUT/study.csv (task,seed,arm,head,metric,value) as soon as
+they are measured, and a cell that stands there is not run again: interrupted, the same command goes
+on. The primary arms of all worlds come first. Models and samples are kept in --runs.
+OUT/settings.json has what was chosen on the tuning seeds. After a change of the code or the
+settings, name another --runs and --out.
 
 arms.py trains the reward models, measure.py measures, page.py judges, summary.py is the second
 world.
 """
 
-import contextlib
 import fcntl
+import functools
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import measure
+import numpy as np
 import page
 import summary
-from arms import gold_as_reward, reward_model, stage
+from arms import gold_score, replaced, reward_model, stage
 
 import data
 import ppo
 import rm
 
-# arm: (the kind of its reward model, its knob, the knob's value if settings.json has none)
-ARMS = {
-    "sft": ("none", "", None),
-    "dpo": ("none", "beta", 0.1),
-    "ppo": ("rm0", "", None),
-    "ppo-tuned": ("rm0", "kl_coef", 0.02),
-    "reseeded": ("plain", "lr", 3e-4),
-    "random": ("random", "eta", 0.1),
-    "metarm-first": ("first", "eta", 0.1),
-    "metarm-exact": ("exact", "eta", 0.1),
-    "adapted": ("adapted", "eta", 0.1),
-    "joint": ("joint", "lam", 0.3),
-    "ocrm": ("ocrm", "tau", 0.01),
-    "ocrm-tuned": ("ocrm", "tau", 0.03),
-    "oracle": ("oracle", "epochs", 2),
-}
-KNOBS = "beta kl_coef lr eta lam tau epochs steps ood stale".split()
-SUMMARY_ARMS = "sft dpo ppo reseeded random metarm-first ocrm oracle".split()
-LONG_ARMS = "ppo ppo-tuned reseeded random metarm-first ocrm".split()  # the others end at round 3
-SIZES = dict(sft=8000, pairs=6000, meta=256, ppo=1024, valid=128, test=128)
-SIZES |= {"ood": 128, "ood-meta": 256, "ood-ppo": 256}
-SMALL_SIZES = dict(sft=320, pairs=160, meta=32, ppo=64, valid=8, test=12)
-SMALL_SIZES |= {"ood": 12, "ood-meta": 32, "ood-ppo": 48}
-SMALL_PPO = "--steps 3 --batch_size 16 --minibatch_size 8 --scale_prompts 16".split()
-# Seconds of a cell on one core, by its kind, and of what a seed needs before its cells.
-SECONDS = dict(seed=200, none=10, rm0=44, plain=44, ocrm=56, random=49, joint=67, oracle=98)
-SECONDS |= dict(first=63, exact=98, adapted=63)
+# An arm is a kind of arms.py and its knob: "first@3" climbs three times the primary eta.
+PRIMARY = "rm0 plain first@1 stale@1".split()
+SECONDARY = """first@0.3 first@3 first@10 scale@1 scale@3 random@1 random@3 stale@3 exact@1 exact@3
+literal@5e-6 joint@0.3 ocrm@0.01 gold""".split()
+CLIMBS = "first stale exact random scale".split()  # their knob is a multiple of the primary eta
+# Seconds of a cell on one core, by its kind, and of what a world needs before its cells.
+SECONDS = dict(world=300, rm0=10, plain=50, first=70, stale=70, literal=70, exact=110)
+SECONDS |= dict(scale=70, random=50, joint=60, ocrm=60, gold=60)
+SMALL = dict(data="--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 24 --ood_ppo 16")
+SMALL |= dict(sft="--epochs 1", ppo="--steps 3 --batch_size 16 --minibatch_size 8")
+SMALL["ppo"] += " --scale_prompts 16"
+MAKE_WORLD = data.make_world
 # One thread per process, and glibc keeps its memory: as in run.sh.
 ENVIRONMENT = dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 ENVIRONMENT |= dict(MALLOC_MMAP_THRESHOLD_="1073741824", MALLOC_TRIM_THRESHOLD_="8589934592")
+ENVIRONMENT |= dict(MALLOC_TOP_PAD_="67108864", CUDA_VISIBLE_DEVICES="")
 
 
 def toy_flags(small: bool) -> dict[str, list[str]]:
@@ -71,293 +63,217 @@ def toy_flags(small: bool) -> dict[str, list[str]]:
     text = Path(__file__).resolve().parents[2].joinpath("run.sh").read_text(encoding="utf-8")
     preset = text.partition("  toy | smoke)")[2].partition("[ ")[0]
     flags = {name: said.split() for name, said in re.findall(r"(\w+)_flags=\(([^)]*)\)", preset)}
-    if small:
-        flags["sft"] += ["--epochs", "1"]
-        flags["ppo"] += SMALL_PPO
-    return flags
+    flags["data"] = ["--test", "512"]
+    return {name: said + small * SMALL.get(name, "").split() for name, said in flags.items()}
 
 
-def knobs_of(arm: str, chosen: dict) -> dict[str, float]:
-    """What an arm runs with: the default of its knob, then what was chosen, then what "@" says."""
-    base, *changes = arm.split("@")
-    if base not in ARMS:
-        raise data.Mistake(f"--arms {arm}: there are {', '.join(ARMS)}")
-    _, knob, default = ARMS[base]
-    knobs = ({knob: default} if knob else {}) | chosen.get(base, {})
-    if base == "random":  # a climb as long as MetaRM's
-        knobs |= chosen.get("metarm-first", {})
-    for change in changes:
-        name, _, value = change.partition("=")
-        if name not in KNOBS or not re.fullmatch(r"[\d.e-]+", value):
-            raise data.Mistake(f"--arms {arm}: write a changed knob as {base}@eta=0.3; {KNOBS}")
-        knobs[name] = float(value)
-    return knobs
-
-
-def rounds_of(arm: str, most: int) -> list[int]:
-    """The rounds of an arm: what has none (SFT, DPO) has one cell, "round 0"."""
-    base, *changes = arm.split("@")
-    last = 2 if "ood=1" in changes else 4 if base in LONG_ARMS and not changes else page.PRIMARY
-    return [0] if ARMS[base][0] == "none" else list(range(1, min(last, most) + 1))
+def read_arm(arm: str) -> tuple[str, float]:
+    """("first", 3.0) of "first@3". Raises: Mistake on an arm that there is not."""
+    found = re.fullmatch(r"(rm0|plain|gold)|(\w+)@([\d.e-]+)", arm)
+    if not found or (found[1] or found[2]) not in SECONDS:
+        raise data.Mistake(f"--arms {arm}: there are {', '.join(PRIMARY + SECONDARY)}")
+    return found[1] or found[2], float(found[3] or 0)
 
 
 class World:
-    """One seed of one task: what all its arms share, and how each arm goes on from there."""
+    """One seed of one task: what all its arms share, how an arm gets its RM, and its figures."""
 
     def __init__(self, home: Path, task: str, seed: int, chosen: dict, small: bool):
         self.home, self.seed, self.chosen, self.flags = home, seed, chosen, toy_flags(small)
-        self.sft, self.D, self.rm0 = home / "sft", home / "D", home / "rm0"
-        self.policies, self.models = {("sft", 0): self.sft}, {}
-        if not (home / "data").exists():
-            with data.output_folder(home / "data") as work:
-                sizes = SMALL_SIZES if small else SIZES
-                rows = data.make_world(seed, sizes, summary.WORLDS[task])
-                for name, some in rows.items():
-                    data.write_jsonl(work / f"{name}.jsonl", some)
-                texts = ["".join(row.values()) for some in rows.values() for row in some]
-                tokenizer = data.train_tokenizer(texts)
-                model = data.make_model(tokenizer, 32 if small else 64, 2, seed)
-                rm.save_model(model, tokenizer, work / "model")
+        self.sft, self.D = home / "sft", home / "D"
+        data.make_world = functools.partial(MAKE_WORLD, world=summary.WORLDS[task])
+        stage(home / "data", data.main, "toy", "--seed", seed, *self.flags["data"])
         argv = ["--model", home / "data/model", "--data", home / "data/sft.jsonl", "--seed", seed]
         stage(self.sft, ppo.main, "sft", *argv, *self.flags["sft"])
-        samples = self.sample("pairs-samples", self.sft, "pairs", seed, "--k", 2)
+        samples = self.sample("pairs-samples", self.sft, "pairs", "--k", 2)
         stage(self.D, data.main, "label", "--samples", samples, "--seed", seed)
-        reward_model("plain", self.rm0, self.options({}), seed)
+        self.rm0 = reward_model("plain", home / "rm0", self.options(), seed)
+        # Vanilla PPO against RM₀, round after round; the last policy is frozen.
+        self.chain = [self.sft]
+        for r in range(1, chosen["rounds"] + 1):
+            self.chain.append(self.improve(f"ppo-{r}", self.chain[-1], self.rm0, f"{seed}{r}"))
+        # S: k = 5 unlabelled responses, a little hotter so that they differ.
+        flags = [*self.flags["meta_sample"], "--k", 5]
+        self.S = self.sample("S", self.chain[-1], "meta", *flags)
+        self.stale_S = self.sample("S-stale", self.sft, "meta", *flags)
+        # What all reward models are measured on.
+        policies = {"sft": self.sft, "shifted": self.chain[-1], "gold": self.gold_policy()}
+        policies |= {f"ppo{r}": policy for r, policy in enumerate(self.chain[1:], 1)}
+        self.kl = {name: measure.final_kl(policy) for name, policy in policies.items()}
+        test, ood = self.prompts("test"), self.prompts("ood")
+        sets = {name: measure.answers(some, test, seed + 1) for name, some in policies.items()}
+        self.sets = sets | {"ood": measure.answers(self.chain[-1], ood, seed + 1)}
+        train, valid = (data.read_preferences(self.D / f"{x}.jsonl") for x in ("train", "valid"))
+        self.pairs, self.held_out = measure.pair_set(train[:1000]), measure.pair_set(valid)
 
     def prompts(self, name: str) -> Path:
         return self.home / "data" / f"prompts-{name}.jsonl"
 
-    def sample(self, out: str, policy: Path, prompts: str, seed, *flags) -> Path:
+    def sample(self, out: str, policy: Path, prompts: str, *flags) -> Path:
         """samples.jsonl: responses of a policy."""
         argv = ["--model", policy, "--prompts", self.prompts(prompts), *self.flags["sample"]]
-        argv += [*flags, "--seed", seed]
+        argv += [*flags, "--seed", self.seed]
         return stage(self.home / out, ppo.main, "sample", *argv) / "samples.jsonl"
 
-    def options(self, knobs: dict, looks: bool = True) -> list:
-        """rm.py's options for a training on D; `looks`: at held-out pairs meanwhile."""
+    def options(self) -> list:
+        """rm.py's options for a training on D: run.sh's, then what was chosen."""
         argv = ["--model", self.sft, "--data", self.D / "train.jsonl", *self.flags["rm"]]
-        argv += ["--eval_data", self.D / "valid.jsonl"] if looks else []
-        return argv + (["--lr", knobs["lr"]] if "lr" in knobs else [])
+        for name in ("lr", "epochs", "batch_size"):
+            argv += [f"--{name}", self.chosen[name]]
+        return [*argv, "--micro_batch_size", self.chosen["batch_size"], "--log_every", 60]
 
-    def round_of(self, arm: str, r: int, last: Path) -> Path:
-        """The reward model of the arm's round r, after the policy `last`: arms differ only here."""
-        (kind, knob, _), knobs = ARMS[arm.split("@")[0]], knobs_of(arm, self.chosen)
-        out, options, seed = self.home / f"{arm}-{r}" / "rm", self.options(knobs), self.seed
-        if kind == "rm0":
-            return self.rm0
-        if kind == "plain":  # another head and another order of D
-            return reward_model(kind, out, options, 1000 * r + seed)
-        if kind == "ocrm":
-            return reward_model(kind, out, options, seed, knobs[knob], policy=last)
-        # S: k = 5 unlabelled responses of the last policy, a little hotter so that they differ
-        source, prompts = last, "ood-meta" if "ood" in knobs else "meta"
-        if "stale" in knobs:
-            source = self.sft
-        flags = [*self.flags["meta_sample"], "--k", 5]
-        S = self.sample(f"{arm}-{r}/meta", source, prompts, f"{seed}{r}", *flags)
-        if kind == "oracle":  # the ceiling: D, and gold labels on the S of all rounds so far
-            rows = data.read_preferences(self.D / "train.jsonl")
-            for earlier in range(1, r + 1):
-                samples = data.read_meta(self.home / f"{arm}-{earlier}/meta/samples.jsonl")
-                twice = [row | {"responses": 2 * row["responses"]} for row in samples]
-                rows += data.label_pairs(twice, 0.0, seed)[0]  # each response is in two pairs
-            data.write_jsonl(out.with_name("gold.jsonl"), rows)
-            options += ["--data", out.with_name("gold.jsonl"), "--epochs", int(knobs[knob])]
-            return reward_model("plain", out, options, seed)
-        if kind != "first":  # Figure 4 is of the method itself; the others save the looks
-            options = self.options(knobs, looks=False)
-        if kind in ("first", "exact", "adapted"):
-            options += ["--log_every", 28]
-        return reward_model(kind, out, options, seed, knobs[knob], S)
-
-    def improve(self, out: str, last: Path, model: Path, seed: str, knobs: dict) -> Path:
-        """PPO against `model`, on from `last`, KL to SFT: the same for every arm."""
-        prompts = self.prompts("ood-ppo" if "ood" in knobs else "ppo")
+    def improve(self, out: str, last: Path, model: Path, seed: str, *flags) -> Path:
+        """PPO against `model`, on from `last`, KL to SFT."""
         argv = ["--model", last, "--ref_policy", self.sft, "--reward_model", model]
-        argv += ["--prompts", prompts, *self.flags["ppo"], "--seed", seed]
-        argv += ["--steps", int(knobs["steps"])] if "steps" in knobs else []
-        argv += ["--kl_coef", knobs["kl_coef"]] if "kl_coef" in knobs else []
+        argv += ["--prompts", self.prompts("ppo"), *self.flags["ppo"], "--seed", seed]
+        argv += ["--kl_coef", self.chosen["kl_coef"], *flags]
         return stage(self.home / out, ppo.main, "ppo", *argv)
 
-    def walk(self, arm: str, rounds: list[int]):
-        """Trains an arm, round after round; yields each when its policy is there."""
-        base, knobs = arm.split("@")[0], knobs_of(arm, self.chosen)
-        if base == "dpo":
-            argv = ["--model", self.sft, "--data", self.D / "train.jsonl", *self.flags["dpo"]]
-            argv += ["--seed", self.seed, "--beta", knobs["beta"]]
-            self.policies[arm, 0] = stage(self.home / arm, ppo.main, "dpo", *argv)
-        for r in rounds:
-            if r == 1 and ARMS[base][0] == "ocrm" and knobs.keys() == {"tau"}:
-                # Before the policy moves all weights are 1: this round is vanilla PPO's.
-                self.models[arm, 1], self.policies[arm, 1] = self.rm0, self.policies["ppo", 1]
-            elif r > 0:
-                last = self.policies.get((arm, r - 1), self.sft)
-                self.models[arm, r] = model = self.round_of(arm, r, last)
-                how = f"{arm}-{r}/policy", last, model, f"{self.seed}{r}", knobs
-                self.policies[arm, r] = self.improve(*how)
-            yield r
+    def gold_policy(self) -> Path:
+        """PPO on the gold reward, five steps at a time, until it is as far from SFT as the frozen.
 
-    def gold_policy(self, until: float, most: int) -> Path:
-        """PPO on the gold reward, a third of a round at a time, until it is `until` nats from SFT.
-
-        For 2 * most rounds at the longest. Its samples are shifted as far as vanilla PPO's, but no
-        reward model chose them: no arm's own mistakes are in them.
+        Its samples are shifted as far, but no reward model chose them: no arm's own mistakes are in
+        them. It gets twice the steps at the most.
         """
-        flags, last, tried = self.flags["ppo"], self.sft, {}
-        steps = int(flags[len(flags) - flags[::-1].index("--steps")])  # the last one counts
-        with gold_as_reward():
-            for part in range(1, 6 * most + 1):
-                how = f"gold-{part}/policy", last, self.rm0, f"{self.seed}{part}"
-                last = self.improve(*how, {"steps": max(1, steps // 3)})
+        until, last, tried = measure.final_kl(self.chain[-1]), self.sft, {}
+        with replaced("score", gold_score):
+            for part in range(1, 6 * self.chosen["rounds"] + 1):
+                how = f"gold-{part}", last, self.rm0, f"{self.seed}{part}", "--steps", 5
+                last = self.improve(*how)
                 tried[last] = measure.final_kl(last)
                 if tried[last] >= until:
                     break
         return min(tried, key=lambda policy: abs(tried[policy] - until))
 
+    def reward_model(self, arm: str, head: int) -> Path:
+        """An arm's reward model: arms differ only here."""
+        (kind, knob), out, options = read_arm(arm), self.home / f"{arm}-{head}/rm", self.options()
+        if kind == "rm0":
+            return self.rm0
+        if kind in CLIMBS:
+            knob *= self.chosen["eta"]
+        if kind == "gold":  # the ceiling: D, and gold labels on S; each response is in two pairs
+            rows = [row | {"responses": 2 * row["responses"]} for row in data.read_meta(self.S)]
+            rows = data.label_pairs(rows, 0.0, self.seed)[0]
+            rows += data.read_preferences(self.D / "train.jsonl")
+            data.write_jsonl(self.home / "gold.jsonl", rows)
+            options += ["--data", self.home / "gold.jsonl"]
+        source = {"stale": self.stale_S, "ocrm": self.chain[-1]}.get(kind, self.S)
+        return reward_model(kind, out, options, 1000 * (head + 1) + self.seed, knob, source)
 
-class Bench:
-    """What all cells of a world are measured on: answer sets of SFT, vanilla PPO and gold's PPO."""
-
-    def __init__(self, world: World, rounds: list[int]):
-        self.world, parts = world, ("test", "valid", "ood")
-        self.prompts = {name: data.read_prompts(world.prompts(name)) for name in parts}
-        for arm, some in (("ppo", rounds), ("dpo", [0])):  # the rivals of every policy
-            list(world.walk(arm, some))
-        vanilla = world.policies["ppo", rounds[-1]]
-        self.gold_policy = world.gold_policy(measure.final_kl(vanilla), rounds[-1])
-        self.sft, self.vanilla = self.answers(world.sft), self.answers(vanilla)
-        self.gold = self.answers(self.gold_policy)
-        self.pairs = data.read_preferences(world.D / "valid.jsonl")
-
-    def answers(self, policy: Path) -> dict[str, tuple]:
-        return measure.answers(policy, self.prompts, self.world.seed)
-
-    def judge(self, folder: Path, sets: dict) -> tuple[dict, dict]:
-        model = rm.load_reward_model(str(folder))
-        return measure.of_reward_model(model, sets, self.sft["test"], self.pairs)
-
-    def measure(self, arm: str, r: int) -> dict[str, float]:
+    def measure(self, arm: str, folder: Path) -> dict[str, float]:
         """All figures of one cell."""
-        policies, models = self.world.policies, self.world.models
-        policy, model = policies[arm, r], models.get((arm, r))
-        rivals = {"sft": policies["sft", 0], "dpo": policies["dpo", 0]}
-        rival = ("ppo@ood=1" if "@ood" in arm else "ppo"), r
-        rivals |= {"ppo": policies[rival]} if rival in policies else {}
-        rivals = {name: self.answers(path) for name, path in rivals.items() if path != policy}
-        own = self.answers(policy)
-        row = measure.of_policy(own, self.sft, rivals)
-        if arm == "sft":  # how far the second shifted set is from SFT, beside the first
-            gold = measure.in_sd(self.gold["test"][2], self.sft["test"][2]).mean()
-            return row | {"by_gold.kl": measure.final_kl(self.gold_policy), "by_gold.gold": gold}
-        if model is None:
-            return row
-        shifted = {"shifted": self.vanilla["test"], "gold": self.gold["test"]}
-        sets = shifted | {"own": own["test"], "ood": self.vanilla["ood"]}
-        figures, rewards = self.judge(model, sets)
-        row |= figures | measure.of_rollouts(policy, rewards["sft"], self.sft["test"][2])
-        row |= {"rm": measure.in_sd(rewards["own"], rewards["sft"]).mean()}
-        row |= {"kl": measure.final_kl(policy)} | measure.of_training(model / "log.jsonl")
-        previous = models.get((arm, r - 1), self.world.rm0)
-        if previous != model:
-            theirs = measure.rewards_on(rm.load_reward_model(str(previous)), *own["test"][:2])
-            row["own.disagree"] = measure.disagreement(rewards["own"], theirs)
-        if (model.parent / "adapted").is_dir():  # θ and θ', whichever of them PPO got
-            _, at = self.judge(model.parent / "rm", shifted)
-            figures, beyond = self.judge(model.parent / "adapted", shifted)
-            row |= {f"adapted.{name}": value for name, value in figures.items()}
-            row |= measure.of_mechanism(model.parent / "rm", at, beyond)
+        model, sets, truth = rm.load_reward_model(str(folder)), self.sets, self.pairs[2] @ [1, -1]
+        if arm != "rm0":  # only RM₀ is measured along the chain
+            sets = {name: some for name, some in sets.items() if name[:3] != "ppo"}
+        row = measure.of_reward_model(model, sets, self.held_out)
+        if arm == "rm0":  # and what the policies are worth
+            for name, kl in self.kl.items():
+                worth = measure.in_sd(sets[name][2], sets["sft"][2]).mean()
+                row |= {f"{name}.kl": kl, f"{name}.worth": worth}
+        row |= measure.of_rules(model, "sft", sets["sft"])
+        row |= measure.of_rules(model, "shifted", sets["shifted"])
+        # Which pairs of D weigh more at θ'?
+        margins = measure.rewards_on(model, *self.pairs) @ [1, -1]
+        row |= measure.of_weights(margins, truth, "at")
+        log, beyond = data.read_jsonl(folder / "log.jsonl"), folder.with_name("adapted")
+        if "factor" in log[-1]:
+            row["factor"] = np.mean([step["factor"] for step in log[-20:]])
+            row |= measure.of_weights(row["factor"] * margins, truth, "beyond")
+        if beyond.is_dir():
+            adapted = rm.load_reward_model(str(beyond))
+            some = {name: sets[name] for name in ("sft", "shifted")}
+            there = measure.of_reward_model(adapted, some, self.held_out)
+            row |= {f"adapted.{name}": value for name, value in there.items()}
+            margins = measure.rewards_on(adapted, *self.pairs) @ [1, -1]
+            row |= measure.of_weights(margins, truth, "beyond")
+            row |= measure.of_climb(model, adapted, log)
         return row
 
 
-def run_seed(args, task: str, seed: int, arms: list[str], chosen: dict) -> None:
-    """The cells of one seed that study.csv does not have."""
-    home, csv = Path(args.runs).resolve() / f"{task}-{seed}", Path(args.out) / "study.csv"
+def missing(args, task: str, seed: int, arms: list[str]) -> list[tuple]:
+    """The cells of some arms that study.csv does not have, head after head."""
+    known, cells = page.cells(args.out), []
+    for head in range(max(args.heads, args.more)):
+        for arm in arms:
+            heads = 1 if arm == "rm0" else args.heads if arm in PRIMARY else args.more
+            if head < heads and (task, seed, arm, head) not in known:
+                cells.append((task, seed, arm, head))
+    return cells
+
+
+def run_world(args, task: str, seed: int, arms: list[str]) -> None:
+    """Runs and writes the missing cells of one world."""
+    home, chosen = Path(args.runs).resolve() / f"{task}-{seed}", page.read_settings(args.out)
     home.mkdir(parents=True, exist_ok=True)
-    with locked(home / ".lock", f"{home} is in use by another process"):
-        world = World(home, task, seed, chosen, args.small)
-        most = max(args.rounds, 1 if args.small else page.PRIMARY)
-        bench = Bench(world, rounds_of("ppo", most))
-        arms += ["ppo@ood=1"] if any("@ood" in arm for arm in arms) else []  # their rival
-        for arm in sorted(set(arms), key=lambda arm: not arm.startswith("ppo")):  # rivals first
-            for r in world.walk(arm, rounds_of(arm, args.rounds)):
-                cell = (task, seed, arm, r)
-                if cell not in page.cells(csv):
-                    figures = bench.measure(arm, r)
-                    with locked(home.with_name("csv.lock")):  # other seeds write there, too
-                        page.append_rows(csv, [(*cell, *figure) for figure in figures.items()])
-                    gold = f"gold {figures['gold']:+.2f} SD above SFT"
-                    print(f"{task}, seed {seed}: {arm}, round {r}: {gold}", flush=True)
-
-
-@contextlib.contextmanager
-def locked(path: Path, complaint: str = ""):
-    """Holds a lock file, as no killed process does; with a complaint, does not wait for it."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if complaint else 0))
-        except BlockingIOError:
-            raise data.Mistake(complaint) from None
-        yield
+    with open(home / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process that is in this world
+        start = time.monotonic()
+        world = World(home, task, seed, chosen["chosen"][task], args.small)
+        for cell in missing(args, task, seed, arms):
+            figures = world.measure(cell[2], world.reward_model(*cell[2:]))
+            page.append_rows(args.out, [(*cell, *figure) for figure in figures.items()])
+            right = f"{figures['shifted.matched']:.1f} % right on shifted samples"
+            print(*cell, f"{right}, {time.monotonic() - start:.0f} s", flush=True)
+            start = time.monotonic()
 
 
 def study(args) -> None:
-    """Runs what study.csv does not have, each seed in a process of its own; prints the tables."""
-    out, jobs, seconds = Path(args.out), [], 0
-    out.mkdir(parents=True, exist_ok=True)
-    settings, known = page.read_settings(out), page.cells(out / "study.csv")
-    for task in args.tasks.split(","):
-        if task not in summary.WORLDS:
-            raise data.Mistake(f"--tasks {task}: there are {', '.join(summary.WORLDS)}")
-        chosen = settings.get("chosen", {}).get(task, {})
-        default = ARMS if task == "dialogue" else SUMMARY_ARMS
-        arms = args.arms.split(",") if args.arms else list(default)
-        for seed in map(int, args.seeds.split(",")):
-            todo = []
-            for arm in arms:
-                knobs_of(arm, chosen)  # refuses a name that is none
-                rounds = rounds_of(arm, args.rounds)
-                if not {(task, seed, arm, r) for r in rounds} <= known:
-                    todo.append(arm)
-                    seconds += len(rounds) * SECONDS[ARMS[arm.split("@")[0]][0]]
-            if args.here:
-                return run_seed(args, task, seed, todo, chosen)
-            if todo:
-                jobs.append(["--tasks", task, "--seeds", str(seed), "--arms", ",".join(todo)])
-                seconds += SECONDS["seed"]
-    workers = min(args.workers or os.cpu_count(), len(jobs) or 1)
-    print(f"study.py: {len(jobs)} seeds, {workers} at a time: {seconds / 3600 / workers:.1f} hours")
+    """Runs what study.csv does not have, each world in a process of its own; prints the tables."""
+    settings, jobs, seconds = page.read_settings(args.out), [], 0
+    arms = args.arms.split(",") if args.arms else None
+    for part in (PRIMARY, SECONDARY):  # the primary arms of all worlds come first
+        some = part if arms is None else [x for x in arms if (x in PRIMARY) == (part is PRIMARY)]
+        for task in args.tasks.split(","):
+            if task not in settings.get("chosen", {}):
+                raise data.Mistake(
+                    f"--tasks {task}: {args.out}/settings.json has no settings for it"
+                )
+            for seed in map(int, args.seeds.split(",")):
+                kinds = [read_arm(arm)[0] for _, _, arm, _ in missing(args, task, seed, some)]
+                if kinds:
+                    jobs.append((args, task, seed, some))
+                    seconds += sum(map(SECONDS.get, kinds)) + SECONDS["world"] * ("rm0" in kinds)
+    if not args.tables:
+        run(args.workers or os.cpu_count(), jobs, seconds)
+    print(page.tables(args.out))
+    if args.pictures:
+        page.pictures(args.out, Path(args.pictures))
 
-    def run(job):
-        argv = ["--rounds", str(args.rounds), "--runs", args.runs, "--out", args.out, "--here"]
-        argv = [sys.executable, __file__, *job, *argv] + (["--small"] if args.small else [])
-        return subprocess.run(argv, env=os.environ | ENVIRONMENT).returncode
 
-    pool = ThreadPoolExecutor(workers)
-    try:  # a seed that fails does not stop the others, but Ctrl-C does
-        failed = [job for job, status in zip(jobs, pool.map(run, jobs), strict=True) if status]
-    finally:
+def run(workers: int, jobs: list[tuple], seconds: float) -> None:
+    """Runs the jobs in their order; one that fails does not stop the others."""
+    print(f"study.py: {len(jobs)} jobs, {workers} at a time: {seconds / 3600 / workers:.1f} hours")
+    os.environ |= ENVIRONMENT  # of the new processes
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        errors = [future.exception() for future in [pool.submit(run_world, *job) for job in jobs]]
+    finally:  # Ctrl-C stops the jobs that wait, too
         pool.shutdown(cancel_futures=True)
+    failed = [f"{job[1]} {job[2]}: {e!r}" for job, e in zip(jobs, errors, strict=True) if e]
     if failed:
-        raise data.Mistake(f"{len(failed)} of {len(jobs)} seeds failed: {failed[0][:4]} ...")
-    print(page.tables(out))
-    for task in args.tasks.split(",") if args.pictures else []:
-        Path(args.pictures).mkdir(parents=True, exist_ok=True)
-        page.pictures(page.Table(page.read_rows(out / "study.csv"), task), Path(args.pictures))
+        raise data.Mistake(f"{len(failed)} of {len(jobs)} jobs failed: {failed[0]}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = data.new_parser("study.py", __doc__)
     add = parser.add_argument
-    add("--tasks", default="dialogue,summary", help="A,B")
-    add("--arms", default="", help="A,B; empty: all of the task's")
-    add("--seeds", default="0,1,2,3,4,5,6,7", help="A,B")
-    add("--rounds", type=int, default=4, help="of RM and PPO, at most")
+    add("--tasks", default="dialogue", help="A,B")
+    add("--arms", default="", help="A,B; empty: all")
+    add("--seeds", default=",".join(map(str, range(200, 216))), help="A,B: the worlds")
+    add("--heads", type=int, default=4, help="heads of each primary arm")
+    add("--more", type=int, default=1, help="heads of each secondary arm")
     add("--runs", default="runs/study", help="folder for models and samples")
-    add("--out", default=str(Path(__file__).parent), help="folder of settings.json and study.csv")
+    add(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        help="folder of settings.json and study.csv",
+    )
     add("--pictures", default="", help="folder to draw pictures into")
-    add("--workers", type=int, default=0, help="seeds at a time; 0: one per core")
+    add("--workers", type=int, default=0, help="worlds at a time; 0: one per core")
+    add("--tables", action="store_true", help="run nothing, print the tables of what is there")
     add("--small", action="store_true", help="tiny sizes, to see whether all of it runs")
-    add("--here", action="store_true", help="run the one seed in this process")
     return data.command(parser, study, argv)
 
 
