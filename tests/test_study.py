@@ -239,6 +239,15 @@ def test_gold_takes_the_rms_place_and_gives_it_back():
     assert rm.score is original
 
 
+def test_gold_pairs_leave_out_ties(tmp_path):
+    said = [" Sorry now.", " Sorry now.", " Thank you.", " We guarantee it."]  # all but the last tie
+    prompt = "\n\nHuman: My lamp came broken.\n\nAssistant:"
+    data.write_jsonl(tmp_path / "S", [{"prompt": prompt, "responses": said}])
+    pairs = {(pair["chosen"], pair["rejected"]) for pair in arms.gold_pairs(tmp_path / "S")}
+    gold = {text: data.gold_reward(prompt, text) for text in said}
+    assert pairs == {(a, b) for a in gold for b in gold if gold[a] > gold[b]} and len(pairs) == 2
+
+
 # ------------------------------------------------------------------------------------- the driver
 def test_a_killed_study_goes_on_where_it_stopped(monkeypatch, tmp_path):
     trained, fatal = [], [("stale@1", 0)]

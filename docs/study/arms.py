@@ -56,6 +56,17 @@ def gold_score(model, tokenizer, prompts, responses, batch_size=64) -> torch.Ten
     return torch.tensor([data.gold_reward(prompt, response) for prompt, response in texts])
 
 
+def gold_pairs(S: Path) -> list[dict]:
+    """Preference pairs of all responses of S to one prompt, labelled by gold; ties are left out."""
+    rows = []
+    for row in data.read_meta(S):
+        gold = {text: data.gold_reward(row["prompt"], text) for text in row["responses"]}
+        for rejected, chosen in itertools.combinations(sorted(gold, key=gold.get), 2):
+            if gold[chosen] > gold[rejected]:
+                rows.append(row | {"chosen": chosen, "rejected": rejected})
+    return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+
+
 def reward_model(kind: str, out: Path, options: list, seed: int, knob=0.0, source=None) -> Path:
     """Returns the folder of an RM, trained unless it is there already; MetaRM's θ' is beside it.
 

@@ -1,8 +1,8 @@
 """What is measured of a reward model and of a policy: {metric: number}, with eval.py's measures.
 
-An answer set is (prompts, m groups of k responses, gold (m, k)). SD: rewards and gold are counted
-in SDs of the same judge's rewards on SFT samples, above their mean there, because Eq. 1 fixes
-neither scale nor offset of a reward model.
+An answer set is (prompts, m groups of k responses, gold (m, k), {rule of gold: points (m, k)}). SD:
+rewards and gold are counted in SDs of the same judge's rewards on SFT samples, above their mean
+there, because Eq. 1 fixes neither scale nor offset of a reward model.
 """
 
 from pathlib import Path
@@ -19,8 +19,9 @@ TIE = 0.25  # a smaller gold gap is a tie, in SDs of gold
 
 
 def answer_set(prompts: list[str], groups: list[list[str]]) -> tuple:
-    gold = [[data.gold_reward(x, y) for y in ys] for x, ys in zip(prompts, groups, strict=True)]
-    return prompts, groups, np.array(gold)
+    parts = [[data.gold_parts(x, y) for y in ys] for x, ys in zip(prompts, groups, strict=True)]
+    points = {rule: np.array([[y[rule] for y in ys] for ys in parts]) for rule in parts[0][0]}
+    return prompts, groups, sum(points.values()).round(6), points
 
 
 def answers(policy: Path, prompts: Path, seed: int) -> tuple:
@@ -41,8 +42,9 @@ def pair_set(pairs: list[dict]) -> tuple:
     return answer_set([pair["prompt"] for pair in pairs], texts)
 
 
-def rewards_on(model: tuple, prompts: list[str], groups: list[list[str]], gold=None) -> np.ndarray:
+def rewards_on(model: tuple, answers: tuple) -> np.ndarray:
     """Rewards (m, k) by a loaded (reward model, tokenizer)."""
+    prompts, groups, *_ = answers
     asked = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
     rewards = rm.score(*model, asked, sum(groups, []), batch_size=640)
     return rewards.double().reshape(len(groups), -1).numpy()
@@ -59,55 +61,44 @@ def final_kl(policy: Path) -> float:
     return float(np.mean([row.get("objective/kl", 0.0) for row in log[-5:]]))
 
 
-def of_reward_model(model: tuple, sets: dict[str, tuple], held_out: tuple) -> dict[str, float]:
-    """What an RM is worth on answer sets by name, one of which is "sft".
+def of_reward_model(model: tuple, sets: dict[str, tuple], D: dict[str, tuple]) -> dict[str, float]:
+    """What an RM is worth on answer sets by name, one of which is "sft", and on pairs of D.
 
     Of each set: accuracy in % with ties of gold left out, raw (acc) and at the same gold gap as on
     SFT samples (matched; matched_sft is SFT's own, over the same bins); rank correlation; mean
-    reward in SDs of SFT's; J, margin and variance of the reward difference, raw and (_sd) in SDs,
-    because by scale alone they can rise. held_out: the pairs of D that it was not trained on.
+    reward; J, margin and variance of the reward difference in SDs (_sd). Of "sft" and "shifted" the
+    last three raw, too, because by scale alone they can rise; and accuracy by each rule of gold
+    alone, on the pairs where its points differ. D: pairs held out, and the weights in Eq. 4,
+    1 - sigma(margin), of pairs trained on, right and flipped by gold.
     """
-    margins, truth = rewards_on(model, *held_out) @ [1, -1], held_out[2] @ [1, -1]
-    row = {
-        "D.noisy": 100 * measures.agreement(margins, 1).mean(),
-        "D.gold": 100 * measures.agreement(margins, truth)[truth != 0].mean(),
-    }
-    on_sft, gold_on_sft = rewards_on(model, *sets["sft"]), sets["sft"][2]
-    scaled = in_sd(on_sft, on_sft), in_sd(gold_on_sft, gold_on_sft)
+    margins, truth = (x @ [1, -1] for x in (rewards_on(model, D["valid"]), D["valid"][2]))
+    right = 100 * measures.agreement(margins, truth)[truth != 0].mean()
+    row = {"D.noisy": 100 * measures.agreement(margins, 1).mean(), "D.gold": right}
+    row |= of_weights(*(x @ [1, -1] for x in (rewards_on(model, D["train"]), D["train"][2])))
+    on_sft, gold_on_sft = rewards_on(model, sets["sft"]), sets["sft"][2]
+    scaled, unit = (in_sd(on_sft, on_sft), in_sd(gold_on_sft, gold_on_sft)), on_sft.std() or 1.0
     for name, some in sets.items():
-        x = on_sft if name == "sft" else rewards_on(model, *some)
+        x = on_sft if name == "sft" else rewards_on(model, some)
         pair = in_sd(x, on_sft), in_sd(some[2], gold_on_sft)
         matched = measures.matched_accuracy(scaled, pair, measures.GAP_EDGES)
-        row[f"{name}.acc"] = 100 * measures.pair_accuracy(*pair, TIE)[0]
-        row[f"{name}.matched"] = 100 * matched["second"]
-        row[f"{name}.matched_sft"] = 100 * matched["first"]
-        row[f"{name}.rho"] = measures.rank_correlation(*pair)[0]
-        row[f"{name}.reward"] = pair[0].mean()
-        for scale, unit in ((1.0, ""), (on_sft.std() or 1.0, "_sd")):
-            spread = measures.spread(x, scale)
-            row |= {f"{name}.{key}{unit}": value for key, value in spread.items()}
+        found = {"acc": 100 * measures.pair_accuracy(*pair, TIE)[0], "reward": pair[0].mean()}
+        found |= {"matched": 100 * matched["second"], "matched_sft": 100 * matched["first"]}
+        found |= {"rho": measures.rank_correlation(*pair)[0]}
+        found |= {f"{key}_sd": value for key, value in measures.spread(x, unit).items()}
+        if name in ("sft", "shifted"):
+            found |= measures.spread(x)
+            for rule, points in some[3].items():
+                share, pairs = measures.pair_accuracy(x, points)
+                found |= {f"rule.{rule}": 100 * share} if pairs >= 100 else {}
+        row |= {f"{name}.{key}": value for key, value in found.items()}
     return row
 
 
-def of_rules(model: tuple, name: str, answers: tuple) -> dict[str, float]:
-    """% of pairs ordered as a rule of gold alone orders them, where its points differ, by rule."""
-    rewards, row = rewards_on(model, *answers), {}
-    parts = [[data.gold_parts(x, y) for y in ys] for x, ys in zip(*answers[:2], strict=True)]
-    for rule in parts[0][0]:
-        points = np.array([[part[rule] for part in group] for group in parts])
-        right, pairs = measures.pair_accuracy(rewards, points)
-        if pairs >= 100:
-            row[f"{name}.rule.{rule}"] = 100 * right
-    return row
-
-
-def of_weights(margins: np.ndarray, truth: np.ndarray, at: str) -> dict[str, float]:
-    """Mean weight in Eq. 4, 1 - σ(margin), of pairs whose label gold confirms, and of flipped ones.
-
-    margins, truth: reward and gold of the chosen response less those of the rejected.
-    """
-    weights, sides = 1 / (1 + np.exp(margins)), {"right": truth > 0, "flipped": truth < 0}
-    return {f"{at}.weight.{side}": weights[which].mean() for side, which in sides.items()}
+def of_weights(margins: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Mean weights in Eq. 4 of pairs by their margins, of right and of flipped labels by truth."""
+    weights = 1 / (1 + np.exp(margins))
+    right, flipped = weights[truth > 0].mean(), weights[truth < 0].mean()
+    return {"weight.right": right, "weight.flipped": flipped, "weight.ratio": flipped / right}
 
 
 @torch.no_grad()
@@ -117,15 +108,13 @@ def of_climb(model: tuple, adapted: tuple, log: list[dict]) -> dict[str, float]:
     moved: % of weights that the climb changes in float32; moved_bf16: if they were kept in bf16.
     """
     looks = [row for row in log if "cosine" in row]
-    rises = {"J": ("difference_adapted", "difference")}
-    rises |= {"L": ("vanilla_loss_adapted", "vanilla_loss")}
-    row = {"climb.cosine": float(np.mean([look["cosine"] for look in looks]))}
-    for name, (after, before) in rises.items():
-        row[f"climb.{name}"] = float(np.mean([look[after] - look[before] for look in looks]))
-    theta, beyond = (
+    of = {"J": [row["difference_adapted"] - row["difference"] for row in looks]}
+    of |= {"L": [row["vanilla_loss_adapted"] - row["vanilla_loss"] for row in looks]}
+    of |= {"cosine": [row["cosine"] for row in looks]}
+    theta, there = (
         torch.nn.utils.parameters_to_vector(m.parameters()) for m, _ in (model, adapted)
     )
     kept = theta.bfloat16()
-    row["moved"] = 100 * (beyond != theta).float().mean().item()
-    row["moved_bf16"] = 100 * ((kept + (beyond - theta)).bfloat16() != kept).float().mean().item()
-    return row
+    of |= {"moved": 100 * (there != theta).numpy()}
+    of |= {"moved_bf16": 100 * ((kept + (there - theta)).bfloat16() != kept).numpy()}
+    return {f"climb.{name}": float(np.mean(values)) for name, values in of.items()}

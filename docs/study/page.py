@@ -155,15 +155,27 @@ NAMES = {
     "plain": "plain RM",
 }
 COLOURS = {name: f"C{i}" for i, name in enumerate(NAMES)}  # matplotlib's ten
-EFFECTS = {  # metric: (its heading, digits)
-    PRIMARY: ("right on shifted samples, points", 1),
-    "shifted.margin_sd": ("gap there, SD", 2),
-    "shifted.rho": ("rank correlation there", 3),
-    "sft.matched": ("right on SFT samples", 1),
-    "gold.matched": ("on the gold policy's", 1),
-    "ood.matched": ("OOD", 1),
-    "D.noisy": ("on held-out D", 1),
+# {heading of a column: (metric, digits)}
+STALENESS = {"KL, nats": ("kl", 1), "gold, SD": ("worth", 2), "reward by RM₀, SD": ("reward", 2)}
+STALENESS |= {"right at matched gaps, %": ("matched", 1), "on SFT's, %": ("matched_sft", 1)}
+STALENESS |= {"gap, SD": ("margin_sd", 2)}
+EFFECTS = {"right on shifted samples": (PRIMARY, 1), "gap there, SD": ("shifted.margin_sd", 2)}
+EFFECTS |= {"rank correlation": ("shifted.rho", 3), "right on SFT samples": ("sft.matched", 1)}
+EFFECTS |= {"on the gold policy's": ("gold.matched", 1), "OOD": ("ood.matched", 1)}
+EFFECTS |= {"on held-out D": ("D.noisy", 1)}
+CLIMBS = {"J's rise": ("climb.J", 3), "gap, SD": ("adapted.shifted.margin_sd", 2)}
+CLIMBS |= {
+    "right there, %": ("adapted.shifted.matched", 1),
+    "θ: flipped / right": ("weight.ratio", 2),
 }
+CLIMBS |= {"θ′: weight of flipped over right pairs": ("adapted.weight.ratio", 2)}
+CLIMBS |= {"weights moved, %": ("climb.moved", 0), "in bf16, %": ("climb.moved_bf16", 0)}
+RULES = {
+    "plain RM on SFT samples": (("plain", "sft"), 1),
+    "RM₀ on shifted": (("rm0", "shifted"), 1),
+}
+RULES |= {"plain RM": (("plain", "shifted"), 1), "MetaRM": (("first@1", "shifted"), 1)}
+RULES |= {"gold labels": (("gold", "shifted"), 1)}
 
 
 def kind(arm: str) -> str:
@@ -187,81 +199,60 @@ def show(values: Worlds, digits: int = 2) -> str:
     return text.replace("-", "−")
 
 
-def verdicts(table: Table) -> list[list[str]]:
-    """A row per primary contrast."""
-    found, rows = {claim: table.gain(a, rival=b) for claim, (a, b) in CONTRASTS.items()}, []
+def markdown(first: str, rows: dict[str, list[str]], headings: list[str]) -> str:
+    lines = [[first, *headings], ["---"] * (len(headings) + 1)]
+    lines += [[name, *values] for name, values in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def verdicts(table: Table) -> str:
+    """The primary contrasts."""
+    found, rows = {claim: table.gain(a, rival=b) for claim, (a, b) in CONTRASTS.items()}, {}
     ps = holm([p_value(some.values()) for some in found.values()])
     for (claim, some), p in zip(found.items(), ps, strict=True):
         sd = np.std(list(some.values()), ddof=1) if len(some) > 1 else math.nan
-        seen = smallest_effect(sd, max(2, len(some)))
-        row = [claim, f"**{better(t_interval(some.values()), p)}**", show(some), f"{p:.3f}"]
-        rows.append([*row, str(len(some)), f"{sd:.1f}", f"{seen:.1f}"])
-    return rows
+        seen, verdict = smallest_effect(sd, max(2, len(some))), better(t_interval(some.values()), p)
+        rows[claim] = [f"**{verdict}**", show(some), f"{p:.3f}", f"{len(some)}", f"{sd:.1f}"]
+        rows[claim].append(f"{seen:.1f}")
+    headings = "verdict, difference [95 %], p (Holm), worlds, SD over worlds, smallest effect seen"
+    return markdown("claim", rows, headings.split(", "))
 
 
-def staleness(table: Table) -> list[list[str]]:
-    """A row per policy of the chain, on whose samples RM₀ is measured."""
-    columns = {"kl": 1, "worth": 2, "reward": 2, "matched": 1, "matched_sft": 1, "margin_sd": 2}
-    chain = sorted({what[:4] for arm, what in table.found if arm == "rm0" and what[:3] == "ppo"})
-    return [
-        [name, *(show(table.get("rm0", f"{name}.{what}"), n) for what, n in columns.items())]
-        for name in ("sft", *chain, "gold", "ood")
-    ]
-
-
-def effects(table: Table) -> list[list[str]]:
-    """A row for the plain RM, and for each arm one of its differences to it."""
-    rows = [["plain RM", *(show(table.get("plain", m), n) for m, (_, n) in EFFECTS.items())]]
-    for arm in table.arms():
-        found = [show(table.gain(arm, m), n) for m, (_, n) in EFFECTS.items()]
-        rows.append([title(arm), *found])
-    return rows
-
-
-def climbs(table: Table) -> list[list[str]]:
-    """A row per arm with a θ': J's rise, θ' itself, the weights of pairs there, the share moved."""
-    rows, figures = [], {"climb.J": 3, "adapted.shifted.margin_sd": 2, "adapted.shifted.matched": 1}
-    for arm in ("plain", *table.arms()):
-        row = [title(arm), *(show(table.get(arm, what), n) for what, n in figures.items())]
-        for at in ("at", "beyond"):
-            flipped, right = (table.get(arm, f"{at}.weight.{x}") for x in ("flipped", "right"))
-            row.append(show({seed: flipped[seed] / right[seed] for seed in flipped}))
-        row += [show(table.get(arm, what), 0) for what in ("moved", "moved_bf16")]
-        rows += [row] if row[5] != "–" or arm == "plain" else []
-    return rows
-
-
-def rules(table: Table) -> list[list[str]]:
-    """A row per gold rule: % of pairs ordered as it alone orders them."""
-    columns = [("plain", "sft"), *((arm, "shifted") for arm in ("rm0", "plain", "first@1", "gold"))]
-    names = dict.fromkeys(what.split(".")[2] for _, what in table.found if ".rule." in what)
-    return [
-        [name, *(show(table.get(arm, f"{some}.rule.{name}"), 1) for arm, some in columns)]
-        for name in names
-    ]
-
-
-TABLES = {  # headings: the function that gives the rows
-    "claim / verdict / difference, points [95 %] / p (Holm) / worlds / SD over worlds"
-    " / smallest effect seen 8 times of 10": verdicts,
-    "samples of / KL, nats / gold, SD / reward by RM₀, SD / RM₀ right at matched gaps, %"
-    " / on SFT samples at these gaps, % / RM₀'s mean gap, SD": staleness,
-    " / ".join(["minus the plain RM", *(heading for heading, _ in EFFECTS.values())]): effects,
-    "RM / J's rise by a climb / gap at θ′, SD / right at θ′, % / weight of flipped over right pairs"
-    " at θ / at θ′ / weights moved, float32, % / bf16, %": climbs,
-    "rule / plain RM, SFT samples / RM₀, shifted / plain RM / MetaRM, η × 1 / gold labels": rules,
-}
+def grid(first: str, columns: dict[str, tuple], rows: dict[str, list[Worlds]]) -> str:
+    """A table of figures, one per column; rows without any are left out."""
+    digits = [n for _, n in columns.values()]
+    shown = {name: list(map(show, figures, digits)) for name, figures in rows.items()}
+    shown = {name: row for name, row in shown.items() if set(row) != {"–"}}
+    return markdown(first, shown, list(columns))
 
 
 def tables(folder: Path) -> str:
     """All tables of study.csv, as Markdown."""
-    rows, parts = read_rows(folder), []
-    for task in sorted({row[0] for row in rows}):
-        parts.append(f"## {task.capitalize()}\n")
-        for headings, rows_of in TABLES.items():
-            lines = [headings.split(" / "), ["---"] * len(headings.split(" / "))]
-            lines += rows_of(Table(rows, task))
-            parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    all_rows, parts = read_rows(folder), []
+    for task in sorted({row[0] for row in all_rows}):
+        table, plain = Table(all_rows, task), {"plain RM": "plain"}
+        parts += [f"## {task.capitalize()}\n", verdicts(table)]
+        metrics, arms = {what for _, what in table.found}, {title(arm): arm for arm in table.arms()}
+
+        def get(rows, columns, get=table.get):
+            found = [what for what, _ in columns.values()]
+            return {name: [get(arm, what) for what in found] for name, arm in rows.items()}
+
+        policies = [
+            "sft",
+            *sorted({what[:4] for what in metrics if what[:3] == "ppo"}),
+            "gold",
+            "ood",
+        ]
+        rows = {x: [table.get("rm0", f"{x}.{m}") for m, _ in STALENESS.values()] for x in policies}
+        parts.append(grid("RM₀ on samples of", STALENESS, rows))
+        parts.append(grid("", EFFECTS, get(plain, EFFECTS)))
+        parts.append(grid("minus the plain RM", EFFECTS, get(arms, EFFECTS, table.gain)))
+        parts.append(grid("at θ′", CLIMBS, get(plain | arms, CLIMBS)))
+        rules = sorted({what.split(".")[2] for what in metrics if ".rule." in what})
+        sides = [some for some, _ in RULES.values()]
+        rows = {x: [table.get(arm, f"{some}.rule.{x}") for arm, some in sides] for x in rules}
+        parts.append(grid("ordered as by the rule, %", RULES, rows))
     return "\n".join(parts)
 
 
@@ -284,23 +275,25 @@ def pictures(folder: Path, out: Path) -> None:
 
 def forest(page, table: Table) -> None:
     """Each arm minus the plain RM, in three measures."""
-    arms, metrics = table.arms()[::-1], (PRIMARY, "shifted.margin_sd", "D.noisy")
+    arms, columns = table.arms()[::-1], list(EFFECTS.items())
     page.set_size_inches(12, 1.5 + 0.3 * len(arms))
-    for axes, metric in zip(page.subplots(1, 3, sharey=True), metrics, strict=True):
+    three = zip(page.subplots(1, 3, sharey=True), (*columns[:2], columns[-1]), strict=True)
+    for axes, (heading, (metric, _)) in three:
         for y, arm in enumerate(arms):
             x, low, high = t_interval(table.gain(arm, metric).values())
             axes.plot([low, high], [y, y], color=COLOURS[kind(arm)], lw=2.5)
             axes.plot(x, y, "o", color=COLOURS[kind(arm)])
         axes.set_yticks(range(len(arms)), [title(arm) for arm in arms])
         axes.axvline(0, color="#BBBBBB", lw=1)
-        axes.set_xlabel(EFFECTS[metric][0])
+        axes.set_xlabel(heading)
     page.suptitle("Minus the plain RM of the same head (95 % over worlds)", x=0.01, ha="left")
 
 
 def doses(page, table: Table) -> None:
     """Accuracy and gap on shifted samples, minus the plain RM's, over the length of the climb."""
     page.set_size_inches(11, 4)
-    for axes, metric in zip(page.subplots(1, 2), (PRIMARY, "shifted.margin_sd"), strict=True):
+    columns = list(EFFECTS.items())[:2]
+    for axes, (heading, (metric, _)) in zip(page.subplots(1, 2), columns, strict=True):
         for name in dict.fromkeys(kind(arm) for arm in table.arms() if " η ×" in NAMES[kind(arm)]):
             arms = [arm for arm in table.arms() if kind(arm) == name]
             points = [t_interval(table.gain(arm, metric).values()) for arm in arms]
@@ -308,5 +301,5 @@ def doses(page, table: Table) -> None:
             axes.plot(x, y, "o-", color=COLOURS[name], label=NAMES[name].partition(", η")[0])
             axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, lw=0)
         axes.axhline(0, color="#BBBBBB", lw=1)
-        axes.set(xscale="log", xlabel="η, times the primary", ylabel=EFFECTS[metric][0])
+        axes.set(xscale="log", xlabel="η, times the primary", ylabel=heading)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,21 +1,17 @@
 """The evidence: does MetaRM tell new responses apart? Reward models against a frozen policy.
 
-    python docs/study/study.py                     all cells that study.csv does not have
-    python docs/study/study.py --tasks dialogue --seeds 200,201 --arms plain,first@1 --heads 2
-    python docs/study/study.py --tables            runs nothing, prints the tables
-    python docs/study/study.py --pictures FOLDER   draws pictures at the end
+    python docs/study/study.py            all cells that study.csv does not have, then the tables
+    python docs/study/study.py --tables   runs nothing
 
 A world (task, seed) has an SFT policy, D, RM₀ and one chain of PPO against RM₀, whose last policy
 is frozen: S is sampled from it, and the reward models of all arms are measured on fresh samples of
 it. A cell is (task, seed, arm, head); a head is the seed of a reward model's new head and of the
-order of D. Its figures become rows of OUT/study.csv (task,seed,arm,head,metric,value) as soon as
-they are measured, and a cell that stands there is not run again: interrupted, the same command goes
-on. The primary arms of all worlds come first. Models and samples are kept in --runs.
-OUT/settings.json has what was chosen on the tuning seeds. After a change of the code or the
-settings, name another --runs and --out.
+order of D. Its figures become rows of OUT/study.csv as soon as they are measured, and a cell that
+stands there is not run again: interrupted, the same command goes on. The primary arms of all worlds
+come first. OUT/settings.json has what was chosen on the tuning seeds. After a change of the code or
+the settings, name another --runs and --out.
 
-arms.py trains the reward models, measure.py measures, page.py judges, summary.py is the second
-world.
+arms.py trains, measure.py measures, page.py judges, summary.py is the second world.
 """
 
 import fcntl
@@ -34,7 +30,7 @@ import measure
 import numpy as np
 import page
 import summary
-from arms import gold_score, replaced, reward_model, stage
+from arms import gold_pairs, gold_score, replaced, reward_model, stage
 
 import data
 import ppo
@@ -46,7 +42,7 @@ SECONDARY = """first@0.3 first@3 first@10 scale@1 scale@3 random@1 random@3 stal
 literal@5e-6 joint@0.3 ocrm@0.01 gold""".split()
 CLIMBS = "first stale exact random scale".split()  # their knob is a multiple of the primary eta
 # Seconds of a cell on one core, by its kind, and of what a world needs before its cells.
-SECONDS = dict(world=300, rm0=10, plain=50, first=70, stale=70, literal=70, exact=110)
+SECONDS = dict(world=250, rm0=10, plain=50, first=70, stale=70, literal=70, exact=110)
 SECONDS |= dict(scale=70, random=50, joint=60, ocrm=60, gold=60)
 SMALL = dict(data="--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 24 --ood_ppo 16")
 SMALL |= dict(sft="--epochs 1", ppo="--steps 3 --batch_size 16 --minibatch_size 8")
@@ -104,7 +100,7 @@ class World:
         sets = {name: measure.answers(some, test, seed + 1) for name, some in policies.items()}
         self.sets = sets | {"ood": measure.answers(self.chain[-1], ood, seed + 1)}
         train, valid = (data.read_preferences(self.D / f"{x}.jsonl") for x in ("train", "valid"))
-        self.pairs, self.held_out = measure.pair_set(train[:1000]), measure.pair_set(valid)
+        self.pairs = {"train": measure.pair_set(train[:1000]), "valid": measure.pair_set(valid)}
 
     def prompts(self, name: str) -> Path:
         return self.home / "data" / f"prompts-{name}.jsonl"
@@ -152,10 +148,8 @@ class World:
             return self.rm0
         if kind in CLIMBS:
             knob *= self.chosen["eta"]
-        if kind == "gold":  # the ceiling: D, and gold labels on S; each response is in two pairs
-            rows = [row | {"responses": 2 * row["responses"]} for row in data.read_meta(self.S)]
-            rows = data.label_pairs(rows, 0.0, self.seed)[0]
-            rows += data.read_preferences(self.D / "train.jsonl")
+        if kind == "gold":  # the ceiling: D, and gold labels on S
+            rows = data.read_preferences(self.D / "train.jsonl") + gold_pairs(self.S)
             data.write_jsonl(self.home / "gold.jsonl", rows)
             options += ["--data", self.home / "gold.jsonl"]
         source = {"stale": self.stale_S, "ocrm": self.chain[-1]}.get(kind, self.S)
@@ -163,32 +157,29 @@ class World:
 
     def measure(self, arm: str, folder: Path) -> dict[str, float]:
         """All figures of one cell."""
-        model, sets, truth = rm.load_reward_model(str(folder)), self.sets, self.pairs[2] @ [1, -1]
+        model, log, sets = (
+            rm.load_reward_model(str(folder)),
+            data.read_jsonl(folder / "log.jsonl"),
+            self.sets,
+        )
         if arm != "rm0":  # only RM₀ is measured along the chain
             sets = {name: some for name, some in sets.items() if name[:3] != "ppo"}
-        row = measure.of_reward_model(model, sets, self.held_out)
+        row = measure.of_reward_model(model, sets, self.pairs)
         if arm == "rm0":  # and what the policies are worth
             for name, kl in self.kl.items():
                 worth = measure.in_sd(sets[name][2], sets["sft"][2]).mean()
                 row |= {f"{name}.kl": kl, f"{name}.worth": worth}
-        row |= measure.of_rules(model, "sft", sets["sft"])
-        row |= measure.of_rules(model, "shifted", sets["shifted"])
-        # Which pairs of D weigh more at θ'?
-        margins = measure.rewards_on(model, *self.pairs) @ [1, -1]
-        row |= measure.of_weights(margins, truth, "at")
-        log, beyond = data.read_jsonl(folder / "log.jsonl"), folder.with_name("adapted")
+        there, beyond = {}, folder.with_name("adapted")  # θ'
         if "factor" in log[-1]:
-            row["factor"] = np.mean([step["factor"] for step in log[-20:]])
-            row |= measure.of_weights(row["factor"] * margins, truth, "beyond")
+            factor = np.mean([step["factor"] for step in log[-20:]])
+            margins, gold = measure.rewards_on(model, self.pairs["train"]), self.pairs["train"][2]
+            there = measure.of_weights(factor * margins @ [1, -1], gold @ [1, -1])
         if beyond.is_dir():
             adapted = rm.load_reward_model(str(beyond))
             some = {name: sets[name] for name in ("sft", "shifted")}
-            there = measure.of_reward_model(adapted, some, self.held_out)
-            row |= {f"adapted.{name}": value for name, value in there.items()}
-            margins = measure.rewards_on(adapted, *self.pairs) @ [1, -1]
-            row |= measure.of_weights(margins, truth, "beyond")
+            there = measure.of_reward_model(adapted, some, self.pairs)
             row |= measure.of_climb(model, adapted, log)
-        return row
+        return row | {f"adapted.{name}": x for name, x in there.items() if ".rule." not in name}
 
 
 def missing(args, task: str, seed: int, arms: list[str]) -> list[tuple]:
