@@ -126,99 +126,84 @@ def test_mistakes_are_one_line(capsys, tmp_path, option):
     assert option.partition("=")[0] in told and told.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------- the arms' steps
-THREE = [" thank", " you", " a charge"]
-
-
+# ------------------------------------------------------------------------------ the arms' losses
 @pytest.fixture
 def training(tmp_path, policy_folder):
-    """What a step needs: a model at theta, its loss, batches of D and S, and one SGD step."""
-    pair = {"chosen": " thank you", "rejected": " Sorry"}
+    """What a loss needs: a model at theta, pairs of D, rewards on S, files."""
+    pair, said = {"chosen": " thank you", "rejected": " Sorry"}, [" thank", " you", " a charge"]
     pairs = [{"prompt": f"Human: my phone {i}"} | pair for i in range(32)]
-    samples = [{"prompt": f"Human: the invoice {i}", "responses": THREE} for i in range(16)]
+    samples = [{"prompt": f"Human: the invoice {i}", "responses": said} for i in range(16)]
     D_file, S_file = tmp_path / "D.jsonl", tmp_path / "S.jsonl"
     data.write_jsonl(D_file, pairs)
     data.write_jsonl(S_file, samples)
     model, tokenizer = rm.load_reward_model(policy_folder, 3)
-    args = SimpleNamespace(model=policy_folder, data=D_file, seed=3, max_grad_norm=1e9)
+    args = SimpleNamespace(model=policy_folder, data=D_file, seed=3)
     _, D = rm.encode_groups(model, tokenizer, pairs, "D")
     _, S = rm.encode_groups(model, tokenizer, samples, "S")
 
-    def loss_of(batch, factor=1.0):
-        rewards = factor * rm.rewards_of(model, model, tokenizer, batch).view(-1, 2)
-        return rm.preference_loss(*rewards.unbind(1))
+    def rewards(groups):
+        return rm.rewards_of(model, model, tokenizer, groups).view(len(groups), -1)
 
-    def J():
-        return metarm.difference_loss(rm.rewards_of(model, model, tokenizer, S).view(16, 3))
-
-    def change(step):  # what it adds to theta: at a learning rate of 1, minus the gradient
-        before = vector(model.parameters()).clone()
-        figures = step(torch.optim.SGD(model.parameters(), lr=1.0), D[:8], 0)
-        moved = vector(model.parameters()) - before
-        torch.nn.utils.vector_to_parameters(before, model.parameters())
-        return moved, figures
-
-    def minus_gradient(loss):
-        return -vector(torch.autograd.grad(loss, list(model.parameters())))
+    def gradient(loss):
+        return vector(torch.autograd.grad(loss, list(model.parameters())))
 
     return SimpleNamespace(**locals())
 
 
-def test_a_random_climb_has_length_eta(training):
+def test_a_random_climb_has_length_eta(training, monkeypatch):
     t, seen = training, []
-    theta = vector(t.model.parameters()).clone()
+    monkeypatch.setattr(
+        metarm, "climb", lambda *x, climb=metarm.climb: seen.append(climb(*x)) or seen[0]
+    )
+    loss = arms.random_climb(t.model, t.tokenizer, t.args, 0.7, None)(t.D)
+    theta, there = vector(t.model.parameters()).clone(), vector(seen[0].values())
+    assert (there - theta).norm().item() == pytest.approx(0.7, rel=1e-3)
+    moved = t.gradient(loss)  # first order: that at theta'
+    torch.nn.utils.vector_to_parameters(there, t.model.parameters())
+    expected = rm.preference_loss(*t.rewards(t.D).unbind(1))
+    assert torch.allclose(moved, t.gradient(expected), atol=1e-5)
 
-    def loss_of(batch):
-        seen.append(vector(t.model.parameters()).clone() - theta)
-        return t.loss_of(batch)
 
-    moved, _ = t.change(arms.random_climb(t.model, loss_of, t.args, 0.7, None))
-    assert seen[0].norm().item() == pytest.approx(0.7, rel=1e-3)
-    torch.nn.utils.vector_to_parameters(theta + seen[0], t.model.parameters())
-    assert torch.allclose(moved, t.minus_gradient(t.loss_of(t.D[:8])), atol=1e-4)
-
-
-def test_scale_multiplies_the_rewards_and_does_nothing_else(training):
+def test_scale_multiplies_rewards_until_J_has_risen_as_by_a_climb(training):
     t = training
-    moved, figures = t.change(arms.scaled(t.model, t.loss_of, t.args, 0.5, t.S_file))
-    factor, J_before = figures["factor"], t.J()
-    expected = t.minus_gradient(t.loss_of(t.D[:8], factor))
-    head = t.model.score.weight.numel()  # its gradient is taken at factor * head
-    expected[-head:] /= factor
-    assert torch.allclose(moved, expected, atol=1e-5)
-    t.J().backward()
+    found = t.gradient(arms.scaled(t.model, t.tokenizer, t.args, 0.5, t.S_file)(t.D))
+    before = metarm.difference_loss(t.rewards(t.S))
+    before.backward()
     with metarm.lookahead(t.model, 0.5, normalize=True), torch.no_grad():
-        J_of_climb = t.J()
-    with torch.no_grad():
-        t.model.score.weight.mul_(factor)
-    assert t.J().item() == pytest.approx(J_of_climb.item(), abs=1e-6) and J_of_climb > J_before
+        J = metarm.difference_loss(t.rewards(t.S))
+    factor = arms.factor_of(t.model, lambda: t.rewards(t.S), 0.5)
+    assert factor > 1 and J > before
+    assert metarm.difference_loss(factor * t.rewards(t.S)).item() == pytest.approx(
+        J.item(), abs=1e-6
+    )
+    expected = rm.preference_loss(*(factor * t.rewards(t.D)).unbind(1))
+    assert torch.allclose(found, t.gradient(expected), atol=1e-5)
 
 
-def test_joint_descends_along_L_minus_lambda_J(training):
+def test_joint_is_L_minus_lambda_J(training):
     t = training
-    moved, _ = t.change(arms.joint(t.model, t.loss_of, t.args, 0.3, t.S_file))
-    expected = t.minus_gradient(t.loss_of(t.D[:8]) - 0.3 * t.J())
-    assert torch.allclose(moved, expected, atol=1e-5)
+    loss = arms.joint(t.model, t.tokenizer, t.args, 0.3, t.S_file)(t.D)
+    J = metarm.difference_loss(t.rewards(t.S))
+    expected = rm.preference_loss(*t.rewards(t.D).unbind(1)) - 0.3 * J
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert torch.allclose(t.gradient(loss), t.gradient(expected), atol=1e-5)
 
 
 def test_ocrm_weighs_pairs_by_what_the_policy_says(training, tmp_path):
-    t, other = training, make_policy(tmp_path / "other", seed=1)
-    logs = []
+    t, other, logs = training, make_policy(tmp_path / "other", seed=1), []
     for name in (other, t.policy_folder):
         model, tokenizer = ppo.load_policy(name)
         said = ppo.collate(tokenizer, [row for pair in t.D for row in pair])
-        logs.append(ppo.response_logprobs(model, said).sum(1).view(-1, 2).sum(1))
-    expected = torch.exp(0.1 * (logs[0] - logs[1])).detach()
+        logs.append(ppo.response_logprobs(model, said).sum(1).view(-1, 2).sum(1).detach())
+    ratios = torch.exp(0.1 * (logs[0] - logs[1]))
     weights = arms.pair_weights(t.pairs, other, t.policy_folder, 0.1)
-    assert torch.allclose(weights, expected / expected.mean(), rtol=1e-3)
-    moved, _ = t.change(arms.weighted(t.model, t.loss_of, t.args, 0.1, other))
-    rewards = rm.rewards_of(t.model, t.model, t.tokenizer, t.D[:8]).view(-1, 2)
-    assert torch.allclose(
-        moved, t.minus_gradient(rm.preference_loss(*rewards.unbind(1), weights[:8])), atol=1e-5
-    )
+    assert torch.allclose(weights, ratios / ratios.mean(), rtol=1e-3)
+    loss = arms.weighted(t.model, t.tokenizer, t.args, 0.1, other)(t.D[:8])
+    expected = rm.preference_loss(*t.rewards(t.D[:8]).unbind(1), weights[:8])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", arms.STEPS)
+@pytest.mark.parametrize("kind", arms.LOSSES)
 def test_without_its_knob_an_arm_is_plain_training(training, tmp_path, kind):
     """Same head, same order of D, same optimizer: what differs is the knob's doing."""
     options = ["--model", training.policy_folder, "--data", training.D_file, "--lr", "1e-3"]
@@ -240,7 +225,12 @@ def test_gold_takes_the_rms_place_and_gives_it_back():
 
 
 def test_gold_pairs_leave_out_ties(tmp_path):
-    said = [" Sorry now.", " Sorry now.", " Thank you.", " We guarantee it."]  # all but the last tie
+    said = [
+        " Sorry now.",
+        " Sorry now.",
+        " Thank you.",
+        " We guarantee it.",
+    ]  # all but the last tie
     prompt = "\n\nHuman: My lamp came broken.\n\nAssistant:"
     data.write_jsonl(tmp_path / "S", [{"prompt": prompt, "responses": said}])
     pairs = {(pair["chosen"], pair["rejected"]) for pair in arms.gold_pairs(tmp_path / "S")}

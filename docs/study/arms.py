@@ -1,6 +1,6 @@
 """The reward models that the study compares: `reward_model` trains one of any kind.
 
-All of one seed start from the same head and see D in the same order. They differ in the step:
+All of one seed start from the same head and see D in the same order. They differ in the loss:
 
     plain     Eq. 1 on D                                                      rm.py
     first     MetaRM, first order, climb eta; S of the frozen policy          metarm.py
@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
+from torch.func import functional_call
 
 import data
 import metarm
@@ -71,19 +72,19 @@ def reward_model(kind: str, out: Path, options: list, seed: int, knob=0.0, sourc
     """Returns the folder of an RM, trained unless it is there already; MetaRM's θ' is beside it.
 
     options: rm.py's, at least --model and --data. seed: of the new head and of the order of D.
-    knob: eta, lam or tau of the kind. source: S, the samples.jsonl of a policy; for ocrm, the
-    policy.
+    knob: eta, lam or tau of the kind. source: S, a samples.jsonl; for ocrm, a policy.
     """
-    options = [*options, "--seed", seed]
+    options, gradient_step = [*options, "--seed", seed], rm.gradient_step
     if kind in ("plain", "gold"):
         return stage(out, rm.main, *options)
-    if kind in STEPS:
+    if kind in LOSSES:
 
-        def gradient_step(model, loss_of, args):  # rm.py's training, with another step
-            return STEPS[kind](model, loss_of, args, knob, source)
+        def other_step(model, loss_of, args):  # rm.py's training, with another loss
+            _, tokenizer = rm.load_reward_model(args.model, args.seed)
+            return gradient_step(model, LOSSES[kind](model, tokenizer, args, knob, source), args)
 
         options += ["--checkpoint_minutes", 1e6]  # the noise and S's order would not be kept
-        with replaced("gradient_step", gradient_step):
+        with replaced("gradient_step", other_step):
             return stage(out, rm.main, *options)
     adapted = out.with_name("adapted")
     if not out.exists():  # else of a run that was killed between the two
@@ -94,104 +95,85 @@ def reward_model(kind: str, out: Path, options: list, seed: int, knob=0.0, sourc
     return stage(out, metarm.main, *options)
 
 
-def step_along(model, args, gradient):
-    """A step for rm.fit: gradient(batch of D) leaves a gradient in p.grad and returns figures."""
-
-    def step(optimizer, batch, number):
-        figures = gradient(batch)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return figures
-
-    return step
-
-
-def batches_of_S(model, args, S):
+def batches_of_S(model, tokenizer, S, seed: int):
     """Yields, for each of MetaRM's batches of S in turn, a function: its rewards (m, k)."""
-    _, tokenizer = rm.load_reward_model(args.model, args.seed)
     _, groups = rm.encode_groups(model, tokenizer, data.read_meta(S), S)
-    for seed in itertools.count(args.seed + 1_000_000):  # metarm.py's: a new order for each pass
-        for batch in rm.epoch_batches([0] * len(groups), 16, seed):
+    for number in itertools.count(seed + 1_000_000):  # metarm.py's: a new order for each pass
+        for batch in rm.epoch_batches([0] * len(groups), 16, number):
             some = [groups[i] for i in batch]
             yield lambda some=some: rm.rewards_of(model, model, tokenizer, some).view(len(some), -1)
 
 
-def random_climb(model, loss_of, args, eta, source):
-    """MetaRM's step with noise in place of grad J."""
-    noise = torch.Generator().manual_seed(args.seed)
+# Each function below returns loss_of(pairs of D).
+def random_climb(model, tokenizer, args, eta, source):
+    """MetaRM's loss, with noise in place of grad J."""
+    noise, theta = torch.Generator().manual_seed(args.seed), dict(model.named_parameters())
 
-    def gradient(batch):
-        for p in model.parameters():  # lookahead takes what is in p.grad for grad J
-            p.grad = torch.randn(p.shape, generator=noise)
-        with metarm.lookahead(model, eta, normalize=True):
-            loss = loss_of(batch)
-            loss.backward()
-        return {"loss": loss.item()}
+    def loss_of(pairs):
+        direction = {name: torch.randn(p.shape, generator=noise) for name, p in theta.items()}
+        scale, _ = metarm.step_scale(direction.values(), eta, normalize=True)
+        there = metarm.climb(theta, direction, scale)  # theta' passes its gradient on to theta
 
-    return step_along(model, args, gradient)
+        def forward(**inputs):
+            return functional_call(model, there, (), inputs)
+
+        return rm.pair_loss(forward, model, tokenizer, pairs)
+
+    return loss_of
 
 
-def scaled(model, loss_of, args, eta, S):
-    """The gradient of L where all rewards are multiplied by one factor.
+def scaled(model, tokenizer, args, eta, S):
+    """L of rewards that are all multiplied by one factor: by `factor_of`, on MetaRM's batch of S.
 
-    The factor lifts J on the batch of S as much as MetaRM's climb of eta would. What MetaRM does
-    beyond it is due to the climb's direction.
+    What MetaRM does beyond it is due to the climb's direction.
     """
-    batches, head = batches_of_S(model, args, S), model.score.weight
+    batches = batches_of_S(model, tokenizer, S, args.seed)
 
-    def gradient(batch):
-        rewards_of = next(batches)
-        rewards = rewards_of()
-        metarm.difference_loss(rewards).backward()
-        with metarm.lookahead(model, eta, normalize=True), torch.no_grad():
-            J = metarm.difference_loss(rewards_of())
-        factor, before = factor_to(rewards.detach(), J), head.detach().clone()
-        head.data.mul_(factor)  # theta': the rewards are linear in the head, which has no bias
-        loss = loss_of(batch)
-        loss.backward()
-        head.data.copy_(before)
-        return {"loss": loss.item(), "factor": factor}
+    def loss_of(pairs):
+        factor = factor_of(model, next(batches), eta)
+        rewards = rm.rewards_of(model, model, tokenizer, pairs).view(-1, 2)
+        return rm.preference_loss(*(factor * rewards).unbind(dim=1))
 
-    return step_along(model, args, gradient)
+    return loss_of
 
 
-def factor_to(rewards: torch.Tensor, J: torch.Tensor) -> float:
-    """Returns the factor, in 1/1000 ... 1000, by which rewards (m, k) have the J given."""
+def factor_of(model, rewards_of, eta: float) -> float:
+    """The factor that lifts J of these rewards as much as a climb of eta would: 1/1000 to 1000."""
+    rewards = rewards_of()
+    metarm.difference_loss(rewards).backward()
+    with metarm.lookahead(model, eta, normalize=True), torch.no_grad():
+        J = metarm.difference_loss(rewards_of())
     low, high = 1e-3, 1e3
     for _ in range(40):  # J grows with the factor
         middle = (low * high) ** 0.5
-        reached = metarm.difference_loss(middle * rewards) >= J
+        reached = metarm.difference_loss(middle * rewards.detach()) >= J
         low, high = (low, middle) if reached else (middle, high)
     return middle
 
 
-def joint(model, loss_of, args, lam, S):
-    """The gradient of L - lam * J, with MetaRM's batches of S."""
-    batches = batches_of_S(model, args, S)
+def joint(model, tokenizer, args, lam, S):
+    """L - lam * J, with MetaRM's batches of S."""
+    batches = batches_of_S(model, tokenizer, S, args.seed)
 
-    def gradient(batch):
-        J, loss = metarm.difference_loss(next(batches)()), loss_of(batch)
-        (loss - lam * J).backward()
-        return {"loss": loss.item()}
+    def loss_of(pairs):
+        J = metarm.difference_loss(next(batches)())
+        return rm.pair_loss(model, model, tokenizer, pairs) - lam * J
 
-    return step_along(model, args, gradient)
+    return loss_of
 
 
-def weighted(model, loss_of, args, tau, policy):
-    """The gradient of Eq. 1 with OCRM's weight for each pair."""
-    pairs, (_, tokenizer) = data.read_preferences(args.data), rm.load_reward_model(args.model, 0)
+def weighted(model, tokenizer, args, tau, policy):
+    """L with OCRM's weight for each pair."""
+    pairs = data.read_preferences(args.data)
     _, D = rm.encode_groups(model, tokenizer, pairs, args.data)
     weight_of = dict(zip(map(str, D), pair_weights(pairs, policy, args.model, tau), strict=True))
 
-    def gradient(batch):
-        chosen, rejected = rm.rewards_of(model, model, tokenizer, batch).view(-1, 2).unbind(1)
-        weights = torch.stack([weight_of[str(pair)] for pair in batch])
-        loss = rm.preference_loss(chosen, rejected, weights)
-        loss.backward()
-        return {"loss": loss.item()}
+    def loss_of(pairs):
+        rewards = rm.rewards_of(model, model, tokenizer, pairs).view(-1, 2)
+        weights = torch.stack([weight_of[str(pair)] for pair in pairs])
+        return rm.preference_loss(*rewards.unbind(dim=1), weights)
 
-    return step_along(model, args, gradient)
+    return loss_of
 
 
 @torch.no_grad()
@@ -216,4 +198,4 @@ def pair_weights(pairs: list[dict], policy: str, ref_policy: str, tau: float) ->
     return (len(pairs) * torch.softmax(tau * log_ratio, dim=0)).float()  # exp without overflow
 
 
-STEPS = {"random": random_climb, "scale": scaled, "joint": joint, "ocrm": weighted}
+LOSSES = {"random": random_climb, "scale": scaled, "joint": joint, "ocrm": weighted}

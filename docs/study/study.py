@@ -27,10 +27,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import measure
-import numpy as np
 import page
 import summary
-from arms import gold_pairs, gold_score, replaced, reward_model, stage
+from arms import batches_of_S, factor_of, gold_pairs, gold_score, replaced, reward_model, stage
 
 import data
 import ppo
@@ -170,8 +169,9 @@ class World:
                 worth = measure.in_sd(sets[name][2], sets["sft"][2]).mean()
                 row |= {f"{name}.kl": kl, f"{name}.worth": worth}
         there, beyond = {}, folder.with_name("adapted")  # θ'
-        if "factor" in log[-1]:
-            factor = np.mean([step["factor"] for step in log[-20:]])
+        if arm.startswith("scale"):
+            batch = next(batches_of_S(*model, self.S, self.seed))
+            factor = factor_of(model[0], batch, read_arm(arm)[1] * self.chosen["eta"])
             margins, gold = measure.rewards_on(model, self.pairs["train"]), self.pairs["train"][2]
             there = measure.of_weights(factor * margins @ [1, -1], gold @ [1, -1])
         if beyond.is_dir():
