@@ -32,11 +32,10 @@ NOTE += " It has to run by Monday.\n\nAssistant:"
 
 def test_intervals_and_p_values():
     half = 3.18245 * np.std([1, 2, 3, 4], ddof=1) / 2  # the t of 3 degrees of freedom
-    assert page.t_interval([1, 2, 3, 4]) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-4)
-    assert page.t_interval([1.0])[0] == 1.0 and math.isnan(page.t_interval([1.0])[1])
-    assert page.p_value([-1, 1]) == 1.0 and math.isnan(page.p_value([1]))
+    assert page.t_test([1, 2, 3, 4])[:3] == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-4)
+    assert page.t_test([1.0])[0] == 1.0 and np.isnan(page.t_test([1.0])[1:]).all()
     x = np.array([0.3, 1.1, 0.7, 2.0, 1.4])  # 0 at the interval's end is p = 0.05
-    assert page.p_value(x - page.t_interval(x)[1]) == pytest.approx(0.05, abs=1e-6)
+    assert page.t_test(x - page.t_test(x)[1])[3] == pytest.approx(0.05, abs=1e-6)
 
 
 def test_holm_rejects_what_its_definition_rejects():
@@ -55,24 +54,22 @@ def test_holm_rejects_what_its_definition_rejects():
 
 
 def test_verdicts_follow_the_rules():
-    for interval, p, verdict in (
-        ((0.5, -1.0, 1.9), 0.3, "no"),
-        ((0.5, -1.0, 2.1), 0.3, "unclear"),
-        ((3.0, 2.5, 3.5), 0.01, "yes"),
-        ((3.0, 0.1, 5.9), 0.2, "unclear"),  # Holm's p is what counts
-        ((-4.0, -5.0, -3.0), 0.01, "no"),
-        ((1.0, math.nan, math.nan), math.nan, "unclear"),
+    for mean, high, p, verdict in (
+        (0.5, 1.9, 0.3, "no"),
+        (0.5, 2.1, 0.3, "unclear"),
+        (3.0, 3.5, 0.01, "yes"),
+        (3.0, 5.9, 0.2, "unclear"),  # Holm's p is what counts
+        (-4.0, -3.0, 0.01, "no"),
+        (1.0, math.nan, math.nan, "unclear"),
     ):
-        assert page.better(interval, p, 2.0) == verdict
+        assert page.better(mean, high, p, 2.0) == verdict
 
 
 def test_the_smallest_effect_is_seen_eight_times_of_ten():
     # Of many worlds, the t test is the normal one: (z of 0.9875 + z of 0.8) standard errors.
     assert page.smallest_effect(2.0, 400) == pytest.approx(3.083 * 2 / 20, rel=0.01)
-    effect, seen = page.smallest_effect(1.0, 8), []
-    for some in np.random.default_rng(0).normal(effect, 1.0, (4000, 8)):
-        seen.append(page.p_value(some) < 0.025)
-    assert np.mean(seen) == pytest.approx(0.8, abs=0.02)
+    worlds = np.random.default_rng(0).normal(page.smallest_effect(1.0, 8), 1.0, (2000, 8))
+    assert np.mean([page.t_test(x)[3] < 0.025 for x in worlds]) == pytest.approx(0.8, abs=0.04)
 
 
 def test_arms_are_compared_head_by_head_and_then_by_world():

@@ -1,14 +1,10 @@
-"""The judge: intervals, tests, verdicts, tables and pictures, from study.csv alone.
+"""The judge: statistics, verdicts, tables and pictures, from study.csv alone.
 
-The rules, fixed before the main worlds were run:
-
-  World     two arms are compared head by head (the same new head, the same order of D); the
-            differences are averaged within a world, and the worlds are the sample.
-  Interval  mean and 95 % t interval over worlds.
-  Primary   the two CONTRASTS: accuracy on the frozen policy's fresh samples, at the gold gaps of
-            SFT samples. Yes, if the difference is above 0 with p < 0.05 after Holm's correction
-            over the two; no, if the whole interval lies below MARGIN; else unclear.
-  Secondary everything else.
+Rules, fixed before the main worlds were run. Two arms are compared head by head (the same new head,
+the same order of D); the differences are averaged within a world, and the worlds are the sample of
+a t test. Primary are the two CONTRASTS, in accuracy on the frozen policy's fresh samples at the
+gold gaps of SFT samples: yes, if the difference is above 0 with p < 0.05 after Holm's correction
+over the two; no, if its whole 95 % interval lies below MARGIN; else unclear. All else is secondary.
 """
 
 import csv
@@ -27,22 +23,14 @@ CONTRASTS = {
 MARGIN = 2.0  # points: the least gain worth having
 Worlds = dict[int, float]  # a figure of each world, by its seed
 
-# ------------------------------------------------------------------------------------- statistics
 
-
-def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high) over worlds; of one world there is no interval (NaN)."""
+def t_test(values) -> tuple[float, float, float, float]:
+    """(mean, low and high of its 95 % t interval, p of a mean of 0) over worlds; NaN of one."""
     x = np.array(list(values), float)
     if len(x) < 2:
-        return (float(x.mean()) if len(x) else math.nan), math.nan, math.nan
-    half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
-
-
-def p_value(differences) -> float:
-    """Two-sided, of the one-sample t test of a mean of 0; NaN of fewer than two worlds."""
-    x = np.array(list(differences), float)
-    return float(stats.ttest_1samp(x, 0).pvalue) if len(x) > 1 else math.nan
+        return (float(x.mean()) if len(x) else math.nan), math.nan, math.nan, math.nan
+    found = stats.ttest_1samp(x, 0)
+    return float(x.mean()), *map(float, found.confidence_interval(0.95)), float(found.pvalue)
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -54,25 +42,16 @@ def holm(p_values: list[float]) -> list[float]:
     return [adjusted.get(p, math.nan) for p in p_values]
 
 
-def better(interval: tuple, p: float, margin: float = MARGIN) -> str:
+def better(mean: float, high: float, p: float, margin: float = MARGIN) -> str:
     """yes, no or unclear, by Holm's p; no: a gain worth having is ruled out."""
-    mean, _, high = interval
     if mean > 0 and p < 0.05:
         return "yes"
     return "no" if high < margin else "unclear"
 
 
-def smallest_effect(sd: float, worlds: int, alpha: float = 0.025, power: float = 0.8) -> float:
-    """The mean difference that a t test sees with this power, if differences vary by sd.
-
-    alpha, two-sided: 0.05 / 2 is what Holm asks of the smaller of two p values.
-    """
-    critical, effects = stats.t.ppf(1 - alpha / 2, worlds - 1), np.linspace(0.01, 8, 800)
-    reached = stats.nct.sf(critical, worlds - 1, effects * math.sqrt(worlds))
-    return float(sd * np.interp(power, reached, effects))
-
-
-# --------------------------------------------------------------------------------------- the rows
+def smallest_effect(sd: float, worlds: int) -> float:
+    """The mean that is seen 8 times of 10 if differences vary by sd: at p = 0.025, Holm's first."""
+    return sd * float(stats.t.ppf([0.9875, 0.8], worlds - 1).sum()) / math.sqrt(worlds)
 
 
 def read_rows(folder: Path) -> list[tuple]:
@@ -138,8 +117,6 @@ class Table:
         return sorted(known - {"plain", "rm0"}, key=lambda arm: (order.index(kind(arm)), knob(arm)))
 
 
-# ------------------------------------------------------------------------------------------ tables
-
 RESEEDED = "reseeded"
 NAMES = {
     "first": "MetaRM, η × {}",
@@ -192,7 +169,7 @@ def title(arm: str) -> str:
 
 def show(values: Worlds, digits: int = 2) -> str:
     """mean [low, high] over worlds, or –."""
-    x, low, high = t_interval(values.values())
+    x, low, high, _ = t_test(values.values())
     if x != x:
         return "–"
     text = f"{x:.{digits}f}" + ("" if low != low else f" [{low:.{digits}f}, {high:.{digits}f}]")
@@ -208,12 +185,14 @@ def markdown(first: str, rows: dict[str, list[str]], headings: list[str]) -> str
 def verdicts(table: Table) -> str:
     """The primary contrasts."""
     found, rows = {claim: table.gain(a, rival=b) for claim, (a, b) in CONTRASTS.items()}, {}
-    ps = holm([p_value(some.values()) for some in found.values()])
-    for (claim, some), p in zip(found.items(), ps, strict=True):
-        sd = np.std(list(some.values()), ddof=1) if len(some) > 1 else math.nan
-        seen, verdict = smallest_effect(sd, max(2, len(some))), better(t_interval(some.values()), p)
-        rows[claim] = [f"**{verdict}**", show(some), f"{p:.3f}", f"{len(some)}", f"{sd:.1f}"]
-        rows[claim].append(f"{seen:.1f}")
+    tests = {claim: t_test(some.values()) for claim, some in found.items()}
+    for (claim, (mean, _, high, _)), p in zip(
+        tests.items(), holm([test[3] for test in tests.values()]), strict=True
+    ):
+        x = list(found[claim].values())
+        sd = float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
+        row = [f"**{better(mean, high, p)}**", show(found[claim]), f"{p:.3f}", f"{len(x)}"]
+        rows[claim] = [*row, f"{sd:.1f}", f"{smallest_effect(sd, max(2, len(x))):.1f}"]
     headings = "verdict, difference [95 %], p (Holm), worlds, SD over worlds, smallest effect seen"
     return markdown("claim", rows, headings.split(", "))
 
@@ -256,16 +235,12 @@ def tables(folder: Path) -> str:
     return "\n".join(parts)
 
 
-# ---------------------------------------------------------------------------------------- pictures
-
-
 def pictures(folder: Path, out: Path) -> None:
     """Draws, per task, a forest plot of differences to the plain RM, and dose and response."""
     from matplotlib import figure, rcParams
 
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
     rows = read_rows(folder)
-    out.mkdir(parents=True, exist_ok=True)
     for task in sorted({row[0] for row in rows}):
         for draw in (forest, doses):
             page = figure.Figure(layout="constrained")
@@ -280,7 +255,7 @@ def forest(page, table: Table) -> None:
     three = zip(page.subplots(1, 3, sharey=True), (*columns[:2], columns[-1]), strict=True)
     for axes, (heading, (metric, _)) in three:
         for y, arm in enumerate(arms):
-            x, low, high = t_interval(table.gain(arm, metric).values())
+            x, low, high, _ = t_test(table.gain(arm, metric).values())
             axes.plot([low, high], [y, y], color=COLOURS[kind(arm)], lw=2.5)
             axes.plot(x, y, "o", color=COLOURS[kind(arm)])
         axes.set_yticks(range(len(arms)), [title(arm) for arm in arms])
@@ -296,7 +271,7 @@ def doses(page, table: Table) -> None:
     for axes, (heading, (metric, _)) in zip(page.subplots(1, 2), columns, strict=True):
         for name in dict.fromkeys(kind(arm) for arm in table.arms() if " η ×" in NAMES[kind(arm)]):
             arms = [arm for arm in table.arms() if kind(arm) == name]
-            points = [t_interval(table.gain(arm, metric).values()) for arm in arms]
+            points = [t_test(table.gain(arm, metric).values())[:3] for arm in arms]
             x, (y, low, high) = [knob(arm) for arm in arms], np.reshape(points, (-1, 3)).T
             axes.plot(x, y, "o-", color=COLOURS[name], label=NAMES[name].partition(", η")[0])
             axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, lw=0)

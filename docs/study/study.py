@@ -64,10 +64,10 @@ def toy_flags(small: bool) -> dict[str, list[str]]:
 
 def read_arm(arm: str) -> tuple[str, float]:
     """("first", 3.0) of "first@3". Raises: Mistake on an arm that there is not."""
-    found = re.fullmatch(r"(rm0|plain|gold)|(\w+)@([\d.e-]+)", arm)
-    if not found or (found[1] or found[2]) not in SECONDS:
+    kind, _, knob = arm.partition("@")
+    if kind not in SECONDS or (kind in ("rm0", "plain", "gold")) != (not knob):
         raise data.Mistake(f"--arms {arm}: there are {', '.join(PRIMARY + SECONDARY)}")
-    return found[1] or found[2], float(found[3] or 0)
+    return kind, float(knob or 0)
 
 
 class World:
@@ -156,11 +156,7 @@ class World:
 
     def measure(self, arm: str, folder: Path) -> dict[str, float]:
         """All figures of one cell."""
-        model, log, sets = (
-            rm.load_reward_model(str(folder)),
-            data.read_jsonl(folder / "log.jsonl"),
-            self.sets,
-        )
+        model, sets = rm.load_reward_model(str(folder)), self.sets
         if arm != "rm0":  # only RM₀ is measured along the chain
             sets = {name: some for name, some in sets.items() if name[:3] != "ppo"}
         row = measure.of_reward_model(model, sets, self.pairs)
@@ -178,7 +174,7 @@ class World:
             adapted = rm.load_reward_model(str(beyond))
             some = {name: sets[name] for name in ("sft", "shifted")}
             there = measure.of_reward_model(adapted, some, self.pairs)
-            row |= measure.of_climb(model, adapted, log)
+            row |= measure.of_climb(model, adapted, data.read_jsonl(folder / "log.jsonl"))
         return row | {f"adapted.{name}": x for name, x in there.items() if ".rule." not in name}
 
 
@@ -211,30 +207,27 @@ def run_world(args, task: str, seed: int, arms: list[str]) -> None:
 
 def study(args) -> None:
     """Runs what study.csv does not have, each world in a process of its own; prints the tables."""
-    settings, jobs, seconds = page.read_settings(args.out), [], 0
-    arms = args.arms.split(",") if args.arms else None
+    chosen, jobs, seconds = page.read_settings(args.out).get("chosen", {}), [], 0
+    arms = args.arms.split(",") if args.arms else PRIMARY + SECONDARY
     for part in (PRIMARY, SECONDARY):  # the primary arms of all worlds come first
-        some = part if arms is None else [x for x in arms if (x in PRIMARY) == (part is PRIMARY)]
+        some = [arm for arm in arms if (arm in PRIMARY) == (part is PRIMARY)]
         for task in args.tasks.split(","):
-            if task not in settings.get("chosen", {}):
-                raise data.Mistake(
-                    f"--tasks {task}: {args.out}/settings.json has no settings for it"
-                )
+            if task not in chosen:
+                raise data.Mistake(f"--tasks {task}: {args.out}/settings.json has only {chosen}")
             for seed in map(int, args.seeds.split(",")):
                 kinds = [read_arm(arm)[0] for _, _, arm, _ in missing(args, task, seed, some)]
                 if kinds:
                     jobs.append((args, task, seed, some))
                     seconds += sum(map(SECONDS.get, kinds)) + SECONDS["world"] * ("rm0" in kinds)
+    print(f"study.py: {len(jobs)} jobs, {seconds / 3600 / args.workers:.1f} hours")
     if not args.tables:
-        run(args.workers or os.cpu_count(), jobs, seconds)
+        run(args.workers, jobs)
     print(page.tables(args.out))
-    if args.pictures:
-        page.pictures(args.out, Path(args.pictures))
+    page.pictures(args.out, args.out)
 
 
-def run(workers: int, jobs: list[tuple], seconds: float) -> None:
+def run(workers: int, jobs: list[tuple]) -> None:
     """Runs the jobs in their order; one that fails does not stop the others."""
-    print(f"study.py: {len(jobs)} jobs, {workers} at a time: {seconds / 3600 / workers:.1f} hours")
     os.environ |= ENVIRONMENT  # of the new processes
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
@@ -255,14 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--heads", type=int, default=4, help="heads of each primary arm")
     add("--more", type=int, default=1, help="heads of each secondary arm")
     add("--runs", default="runs/study", help="folder for models and samples")
-    add(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent,
-        help="folder of settings.json and study.csv",
-    )
-    add("--pictures", default="", help="folder to draw pictures into")
-    add("--workers", type=int, default=0, help="worlds at a time; 0: one per core")
+    add("--out", type=Path, default=Path(__file__).parent, help="of settings.json, study.csv")
+    add("--workers", type=int, default=os.cpu_count(), help="worlds at a time")
     add("--tables", action="store_true", help="run nothing, print the tables of what is there")
     add("--small", action="store_true", help="tiny sizes, to see whether all of it runs")
     return data.command(parser, study, argv)
