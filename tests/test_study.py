@@ -1,7 +1,6 @@
 """docs/study: statistics, the second world, the steps of its arms, resuming, the tables."""
 
 import math
-import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +23,9 @@ import study
 import summary
 
 STUDY = Path(study.__file__).parent
-NOTE = (
-    "\n\nHuman: Sum up this note: Anna went round on a rainy day. The pump in hall one leaks oil."
-)
-NOTE += " It has to run by Monday.\n\nAssistant:"
+NOTE = "\n\nHuman: Sum up this note: Anna went round on a rainy day. The pump in hall one leaks "
+NOTE += "oil. It has to run by Monday.\n\nAssistant:"
+SHOP = "\n\nHuman: My lamp came broken.\n\nAssistant:"
 
 
 def test_intervals_and_p_values():
@@ -38,31 +36,13 @@ def test_intervals_and_p_values():
     assert page.t_test(x - page.t_test(x)[1])[3] == pytest.approx(0.05, abs=1e-6)
 
 
-def test_holm_rejects_what_its_definition_rejects():
+def test_holm_and_verdicts_follow_the_rules():
     assert page.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     adjusted = page.holm([0.01, math.nan, 0.02])
     assert adjusted[::2] == pytest.approx([0.02, 0.02]) and math.isnan(adjusted[1])
-    rng = random.Random(0)
-    for _ in range(50):
-        ps = [rng.random() ** 4 for _ in range(6)]
-        rejected = set()
-        for rank, i in enumerate(sorted(range(6), key=ps.__getitem__)):
-            if ps[i] > 0.05 / (6 - rank):
-                break
-            rejected.add(i)
-        assert {i for i, p in enumerate(page.holm(ps)) if p <= 0.05} == rejected
-
-
-def test_verdicts_follow_the_rules():
-    for mean, high, p, verdict in (
-        (0.5, 1.9, 0.3, "no"),
-        (0.5, 2.1, 0.3, "unclear"),
-        (3.0, 3.5, 0.01, "yes"),
-        (3.0, 5.9, 0.2, "unclear"),  # Holm's p is what counts
-        (-4.0, -3.0, 0.01, "no"),
-        (1.0, math.nan, math.nan, "unclear"),
-    ):
-        assert page.better(mean, high, p, 2.0) == verdict
+    assert page.better(3.0, 3.5, 0.01, 2.0) == "yes" and page.better(0.5, 1.9, 0.3, 2.0) == "no"
+    assert page.better(0.5, 2.1, 0.3, 2.0) == page.better(3.0, 5.9, 0.2, 2.0) == "unclear"
+    assert page.better(1.0, math.nan, math.nan) == "unclear" and page.better(-3, -1, 0.01) == "no"
 
 
 def test_the_smallest_effect_is_seen_eight_times_of_ten():
@@ -82,7 +62,7 @@ def test_arms_are_compared_head_by_head_and_then_by_world():
     assert table.get("plain", "m") == {7: 3.0} and table.get("first@1", "m") == {7: 5.5, 8: 2.0}
 
 
-def test_gold_of_a_summary():
+def test_the_world_of_notes():
     good = " The pump needs help. It leaks oil. Go to hall one. Do it by Monday. This is urgent."
     assert data.gold_reward(NOTE, good) == 5.0
     parts = summary.gold_parts(NOTE, " The crane needs help. Ask Anna. Blah. Blah.")
@@ -90,15 +70,9 @@ def test_gold_of_a_summary():
     assert {rule: points for rule, points in parts.items() if points} == told
     with pytest.raises(data.Mistake, match="note"):
         data.gold_reward("Sum up this note: nothing", "")
-    shop = "\n\nHuman: My lamp came broken.\n\nAssistant:"  # the first world is as it was
-    assert (
-        data.gold_reward(shop, " This is about your lamp. We will send a replacement today.") == 4.0
-    )
-
-
-def test_a_world_of_notes():
-    sizes = {"sft": 40, "pairs": 20, "ood": 10}
-    world = data.make_world(1, sizes, summary.WORLDS["summary"])
+    shop = " This is about your lamp. We will send a replacement today."  # as without summary.py
+    assert data.gold_reward(SHOP, shop) == 4.0
+    world = data.make_world(1, {"sft": 40, "pairs": 20, "ood": 10}, summary.WORLDS["summary"])
     prompts = [row["prompt"] for rows in world.values() for row in rows]
     assert len(set(prompts)) == len(prompts) == 70
     gold = [data.gold_reward(**row) for row in world["sft"]]
@@ -123,7 +97,6 @@ def test_mistakes_are_one_line(capsys, tmp_path, option):
     assert option.partition("=")[0] in told and told.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------ the arms' losses
 @pytest.fixture
 def training(tmp_path, policy_folder):
     """What a loss needs: a model at theta, pairs of D, rewards on S, files."""
@@ -213,29 +186,18 @@ def test_without_its_knob_an_arm_is_plain_training(training, tmp_path, kind):
     assert not torch.allclose(found[0], found[2], atol=1e-5)
 
 
-def test_gold_takes_the_rms_place_and_gives_it_back():
+def test_gold_in_the_rms_place_and_in_pairs(tmp_path):
     original = rm.score
     with pytest.raises(ZeroDivisionError), arms.replaced("score", arms.gold_score):
         assert rm.score(None, None, [NOTE], [""]).item() == data.gold_reward(NOTE, "")
         raise ZeroDivisionError
     assert rm.score is original
+    said = [" Sorry now.", " Sorry now.", " Thank you.", " We guarantee it."]  # three tie
+    data.write_jsonl(tmp_path / "S", [{"prompt": SHOP, "responses": said}])
+    pairs = [(pair["chosen"], pair["rejected"]) for pair in arms.gold_pairs(tmp_path / "S")]
+    assert sorted(pairs) == [(said[0], said[3]), (said[2], said[3])]
 
 
-def test_gold_pairs_leave_out_ties(tmp_path):
-    said = [
-        " Sorry now.",
-        " Sorry now.",
-        " Thank you.",
-        " We guarantee it.",
-    ]  # all but the last tie
-    prompt = "\n\nHuman: My lamp came broken.\n\nAssistant:"
-    data.write_jsonl(tmp_path / "S", [{"prompt": prompt, "responses": said}])
-    pairs = {(pair["chosen"], pair["rejected"]) for pair in arms.gold_pairs(tmp_path / "S")}
-    gold = {text: data.gold_reward(prompt, text) for text in said}
-    assert pairs == {(a, b) for a in gold for b in gold if gold[a] > gold[b]} and len(pairs) == 2
-
-
-# ------------------------------------------------------------------------------------- the driver
 def test_a_killed_study_goes_on_where_it_stopped(monkeypatch, tmp_path):
     trained, fatal = [], [("stale@1", 0)]
 
