@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from summary import table as read_table
 
 PRIMARY = "shifted.matched"
 CONTRASTS = {
@@ -70,9 +71,9 @@ def append_rows(folder: Path, rows: list[tuple]) -> None:
     """Adds the rows of a cell to study.csv in one write, as other processes do; NaN stays out."""
     lines = [f"{','.join(map(str, row[:5]))},{row[5]:.4g}\n" for row in rows if row[5] == row[5]]
     with open(folder / "study.csv", "ab", buffering=0) as file:
-        file.write(
-            ((file.tell() == 0) * "task,seed,arm,head,metric,value\n" + "".join(lines)).encode()
-        )
+        if file.tell() == 0:
+            lines = ["task,seed,arm,head,metric,value\n", *lines]
+        file.write("".join(lines).encode())
 
 
 def read_settings(folder: Path) -> dict:
@@ -102,6 +103,10 @@ class Table:
         """An arm's figure in each world."""
         return by_world(self.found.get((arm, metric), {}))
 
+    def on(self, arm: str, name: str, metric: str) -> Worlds:
+        """The same, on the answer set of this name."""
+        return self.get(arm, f"{name}.{metric}")
+
     def gain(self, arm: str, metric: str = PRIMARY, rival: str = "plain") -> Worlds:
         """An arm minus another in each world. RESEEDED: plain RMs minus the first of them."""
         a = self.found.get(("plain" if arm == RESEEDED else arm, metric), {})
@@ -118,41 +123,48 @@ class Table:
 
 
 RESEEDED = "reseeded"
-NAMES = {
-    "first": "MetaRM, η × {}",
-    "stale": "MetaRM, S from SFT, η × {}",
-    "exact": "MetaRM exact, η × {}",
-    "literal": "MetaRM, {}·∇J",
-    "scale": "rewards scaled, η × {}",
-    "random": "random climb, η × {}",
-    RESEEDED: "plain RM, other seeds",
-    "joint": "joint: L − {}·J",
-    "ocrm": "OCRM, τ = {}",
-    "gold": "gold labels on S",
-    "plain": "plain RM",
-}
-COLOURS = {name: f"C{i}" for i, name in enumerate(NAMES)}  # matplotlib's ten
-# {heading of a column: (metric, digits)}
-STALENESS = {"KL, nats": ("kl", 1), "gold, SD": ("worth", 2), "reward by RM₀, SD": ("reward", 2)}
-STALENESS |= {"right at matched gaps, %": ("matched", 1), "on SFT's, %": ("matched_sft", 1)}
-STALENESS |= {"gap, SD": ("margin_sd", 2)}
-EFFECTS = {"right on shifted samples": (PRIMARY, 1), "gap there, SD": ("shifted.margin_sd", 2)}
-EFFECTS |= {"rank correlation": ("shifted.rho", 3), "right on SFT samples": ("sft.matched", 1)}
-EFFECTS |= {"on the gold policy's": ("gold.matched", 1), "OOD": ("ood.matched", 1)}
-EFFECTS |= {"on held-out D": ("D.noisy", 1)}
-CLIMBS = {"J's rise": ("climb.J", 3), "gap, SD": ("adapted.shifted.margin_sd", 2)}
-CLIMBS |= {
-    "right there, %": ("adapted.shifted.matched", 1),
-    "θ: flipped / right": ("weight.ratio", 2),
-}
-CLIMBS |= {"θ′: weight of flipped over right pairs": ("adapted.weight.ratio", 2)}
-CLIMBS |= {"weights moved, %": ("climb.moved", 0), "in bf16, %": ("climb.moved_bf16", 0)}
-RULES = {
-    "plain RM on SFT samples": (("plain", "sft"), 1),
-    "RM₀ on shifted": (("rm0", "shifted"), 1),
-}
-RULES |= {"plain RM": (("plain", "shifted"), 1), "MetaRM": (("first@1", "shifted"), 1)}
-RULES |= {"gold labels": (("gold", "shifted"), 1)}
+NAMES = read_table("""
+first: MetaRM, η × {}
+stale: MetaRM, S from SFT, η × {}
+exact: MetaRM exact, η × {}
+literal: MetaRM, {}·∇J
+scale: rewards scaled, η × {}
+random: random climb, η × {}
+reseeded: plain RM, other seeds
+joint: joint, L − {}·J
+ocrm: OCRM, τ = {}
+gold: gold labels on S
+plain: plain RM
+rm0: RM₀
+""")
+# heading of a column: metric / digits
+STALENESS = read_table("""
+KL, nats: kl / 1
+gold, SD: worth / 2
+reward by RM₀, SD: reward / 2
+right at the gold gaps of SFT samples, %: matched / 1
+right on SFT samples, %: matched_sft / 1
+mean gap, SD: margin_sd / 2
+""")
+EFFECTS = read_table("""
+right on shifted samples, %: shifted.matched / 1
+gap there, SD: shifted.margin_sd / 2
+rank correlation there: shifted.rho / 3
+right on SFT samples: sft.matched / 1
+on the gold policy's: gold.matched / 1
+OOD: ood.matched / 1
+on held-out D: D.noisy / 1
+""")
+CLIMBS = read_table("""
+J's rise: climb.J / 3
+gap at θ′, SD: adapted.shifted.margin_sd / 2
+right at θ′, %: adapted.shifted.matched / 1
+weight of flipped over right pairs at θ: weight.ratio / 2
+at θ′: adapted.weight.ratio / 2
+weights moved, %: climb.moved / 0
+in bf16, %: climb.moved_bf16 / 0
+""")
+RULES = [("plain", "sft"), *((x, "shifted") for x in ("rm0", "plain", "first@1", "gold"))]
 
 
 def kind(arm: str) -> str:
@@ -163,8 +175,12 @@ def knob(arm: str) -> float:
     return float(arm.partition("@")[2] or 0)
 
 
+def colour(arm: str) -> str:
+    return f"C{list(NAMES).index(kind(arm)) % 10}"  # matplotlib's ten
+
+
 def title(arm: str) -> str:
-    return NAMES[kind(arm)].format(arm.partition("@")[2])
+    return NAMES[kind(arm)][0].format(arm.partition("@")[2])
 
 
 def show(values: Worlds, digits: int = 2) -> str:
@@ -197,11 +213,12 @@ def verdicts(table: Table) -> str:
     return markdown("claim", rows, headings.split(", "))
 
 
-def grid(first: str, columns: dict[str, tuple], rows: dict[str, list[Worlds]]) -> str:
-    """A table of figures, one per column; rows without any are left out."""
-    digits = [n for _, n in columns.values()]
-    shown = {name: list(map(show, figures, digits)) for name, figures in rows.items()}
-    shown = {name: row for name, row in shown.items() if set(row) != {"–"}}
+def grid(first: str, columns: dict[str, list[str]], rows: dict[str, tuple], figure) -> str:
+    """A table of figures; rows without any are left out. figure(*key of a row, metric)."""
+    shown = {}
+    for name, key in rows.items():
+        row = [show(figure(*key, what), int(digits)) for what, digits in columns.values()]
+        shown |= {name: row} if set(row) != {"–"} else {}
     return markdown(first, shown, list(columns))
 
 
@@ -209,29 +226,23 @@ def tables(folder: Path) -> str:
     """All tables of study.csv, as Markdown."""
     all_rows, parts = read_rows(folder), []
     for task in sorted({row[0] for row in all_rows}):
-        table, plain = Table(all_rows, task), {"plain RM": "plain"}
+        table, plain = Table(all_rows, task), {"plain RM": ("plain",)}
+        arms, metrics = (
+            {title(arm): (arm,) for arm in table.arms()},
+            {what for _, what in table.found},
+        )
+        chain = sorted({what[:4] for what in metrics if what[:3] == "ppo"})
+        policies = {name: ("rm0", name) for name in ("sft", *chain, "gold", "ood")}
         parts += [f"## {task.capitalize()}\n", verdicts(table)]
-        metrics, arms = {what for _, what in table.found}, {title(arm): arm for arm in table.arms()}
-
-        def get(rows, columns, get=table.get):
-            found = [what for what, _ in columns.values()]
-            return {name: [get(arm, what) for what in found] for name, arm in rows.items()}
-
-        policies = [
-            "sft",
-            *sorted({what[:4] for what in metrics if what[:3] == "ppo"}),
-            "gold",
-            "ood",
-        ]
-        rows = {x: [table.get("rm0", f"{x}.{m}") for m, _ in STALENESS.values()] for x in policies}
-        parts.append(grid("RM₀ on samples of", STALENESS, rows))
-        parts.append(grid("", EFFECTS, get(plain, EFFECTS)))
-        parts.append(grid("minus the plain RM", EFFECTS, get(arms, EFFECTS, table.gain)))
-        parts.append(grid("at θ′", CLIMBS, get(plain | arms, CLIMBS)))
-        rules = sorted({what.split(".")[2] for what in metrics if ".rule." in what})
-        sides = [some for some, _ in RULES.values()]
-        rows = {x: [table.get(arm, f"{some}.rule.{x}") for arm, some in sides] for x in rules}
-        parts.append(grid("ordered as by the rule, %", RULES, rows))
+        parts.append(grid("RM₀ on samples of", STALENESS, policies, table.on))
+        parts.append(grid("", EFFECTS, plain, table.get))
+        parts.append(grid("minus the plain RM", EFFECTS, arms, table.gain))
+        parts.append(grid("climbs", CLIMBS, plain | arms, table.get))
+        rows = {}
+        for rule in sorted({what.split(".")[2] for what in metrics if ".rule." in what}):
+            rows[rule] = [show(table.on(arm, where, f"rule.{rule}"), 1) for arm, where in RULES]
+        headings = [f"{title(arm)}, {where}" for arm, where in RULES]
+        parts.append(markdown("ordered as by one rule of gold, %", rows, headings))
     return "\n".join(parts)
 
 
@@ -256,8 +267,8 @@ def forest(page, table: Table) -> None:
     for axes, (heading, (metric, _)) in three:
         for y, arm in enumerate(arms):
             x, low, high, _ = t_test(table.gain(arm, metric).values())
-            axes.plot([low, high], [y, y], color=COLOURS[kind(arm)], lw=2.5)
-            axes.plot(x, y, "o", color=COLOURS[kind(arm)])
+            axes.plot([low, high], [y, y], color=colour(arm), lw=2.5)
+            axes.plot(x, y, "o", color=colour(arm))
         axes.set_yticks(range(len(arms)), [title(arm) for arm in arms])
         axes.axvline(0, color="#BBBBBB", lw=1)
         axes.set_xlabel(heading)
@@ -269,12 +280,12 @@ def doses(page, table: Table) -> None:
     page.set_size_inches(11, 4)
     columns = list(EFFECTS.items())[:2]
     for axes, (heading, (metric, _)) in zip(page.subplots(1, 2), columns, strict=True):
-        for name in dict.fromkeys(kind(arm) for arm in table.arms() if " η ×" in NAMES[kind(arm)]):
+        for name in dict.fromkeys(kind(arm) for arm in table.arms() if "η" in NAMES[kind(arm)][0]):
             arms = [arm for arm in table.arms() if kind(arm) == name]
             points = [t_test(table.gain(arm, metric).values())[:3] for arm in arms]
             x, (y, low, high) = [knob(arm) for arm in arms], np.reshape(points, (-1, 3)).T
-            axes.plot(x, y, "o-", color=COLOURS[name], label=NAMES[name].partition(", η")[0])
-            axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, lw=0)
+            axes.plot(x, y, "o-", color=colour(name), label=NAMES[name][0].partition(", η")[0])
+            axes.fill_between(x, low, high, color=colour(name), alpha=0.15, lw=0)
         axes.axhline(0, color="#BBBBBB", lw=1)
         axes.set(xscale="log", xlabel="η, times the primary", ylabel=heading)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
