@@ -46,7 +46,7 @@ def rewards_on(model: tuple, answers: tuple) -> np.ndarray:
     """Rewards (m, k) by a loaded (reward model, tokenizer)."""
     prompts, groups, *_ = answers
     asked = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-    rewards = rm.score(*model, asked, sum(groups, []), batch_size=640)
+    rewards = rm.score(*model, asked, sum(groups, []))
     return rewards.double().reshape(len(groups), -1).numpy()
 
 
