@@ -41,8 +41,8 @@ SECONDARY = """first@0.3 first@3 first@10 scale@1 scale@3 random@1 random@3 stal
 literal@5e-6 joint@0.3 ocrm@0.01 gold""".split()
 CLIMBS = "first stale exact random scale".split()  # their knob is a multiple of the primary eta
 # Seconds of a cell on one core, by its kind, and of what a world needs before its cells.
-SECONDS = dict(world=250, rm0=10, plain=50, first=70, stale=70, literal=70, exact=110)
-SECONDS |= dict(scale=70, random=50, joint=60, ocrm=60, gold=60)
+SECONDS = dict(world=215, rm0=10, plain=44, first=77, stale=77, literal=77, exact=135)
+SECONDS |= dict(scale=84, random=46, joint=65, ocrm=55, gold=55)
 SMALL = dict(data="--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 24 --ood_ppo 16")
 SMALL |= dict(sft="--epochs 1", ppo="--steps 3 --batch_size 16 --minibatch_size 8")
 SMALL["ppo"] += " --scale_prompts 16"
