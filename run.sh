@@ -73,7 +73,7 @@ case $preset in
   toy | smoke)
     pairs=$run/pairs rounds=3 k=5 world=(--seed "$seed")
     sft_flags=(--lr 5e-3 --batch_size 32 --epochs 4)
-    rm_flags=(--lr 2e-3 --batch_size 64 --micro_batch_size 64 --epochs 2 --log_every 42) # the paper's one epoch is a 7B's
+    rm_flags=(--lr 1e-3 --batch_size 64 --micro_batch_size 64 --epochs 2 --log_every 42) # the study has 4 epochs; the paper 1, of 7B
     meta_flags=(--normalize) dpo_flags=(--lr 1e-4 --batch_size 16) # eta: the default, lr * sqrt(weights)
     sample_flags=(--max_new_tokens 48 --batch_size 512) meta_sample_flags=(--temperature 1.1)
     ppo_flags=(--steps 15 --batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48
