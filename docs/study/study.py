@@ -133,7 +133,7 @@ class World:
         until, last, tried = measure.final_kl(self.chain[-1]), self.sft, {}
         with replaced("score", gold_score):
             for part in range(1, 6 * self.chosen["rounds"] + 1):
-                how = f"gold-{part}", last, self.rm0, f"{self.seed}{part}", "--steps", 5
+                how = f"gold-policy-{part}", last, self.rm0, f"{self.seed}{part}", "--steps", 5
                 last = self.improve(*how)
                 tried[last] = measure.final_kl(last)
                 if tried[last] >= until:
