@@ -317,7 +317,8 @@ def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]
         model.can_cache = torch.allclose(alone, answer(groups), **close)
     except Exception:  # no cache, or one of another kind: its rows are read in full
         model.can_cache = False
-    # Rows this short would not feel a window over the last tokens: there, prompts are not shared.
+    # Rows this short would not feel a window over the last tokens: such models read rows in full.
+    # (ppo.generate reads on token by token, as transformers does.)
     config = model.config.get_text_config()
     windows = any(getattr(config, x, None) for x in ("sliding_window", "attention_chunk_size"))
     model.shares_prompts = model.can_cache and not windows
@@ -509,7 +510,8 @@ def main(argv: list[str] | None = None) -> int:
 # --------------------------------------------------- an optional speed-up: read each prompt once
 # The rows of a group answer ONE prompt (P tokens), so a decoder can read it once, and each of the k
 # responses (T tokens) on a copy of its cache: P + kT tokens instead of k(P + T). Gradients flow
-# through the cache; the rewards are the same. To do without it, set model.shares_prompts = False.
+# through the cache; the rewards are the same. To do without it, set model.shares_prompts = False
+# (and in ppo.generate model.can_cache = False).
 def shares_prompts(model) -> bool:
     """Whether `try_out` found that `read_prompts_once` gives this model's own answers."""
     return getattr(model, "shares_prompts", False)

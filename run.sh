@@ -73,7 +73,7 @@ case $preset in
   toy | smoke)
     pairs=$run/pairs rounds=3 k=5 world=(--seed "$seed")
     sft_flags=(--lr 5e-3 --batch_size 32 --epochs 4)
-    rm_flags=(--lr 1e-3 --batch_size 64 --micro_batch_size 64 --epochs 2 --log_every 42) # the study has 4 epochs; the paper 1, of 7B
+    rm_flags=(--lr 1e-3 --batch_size 64 --micro_batch_size 64 --epochs 2 --log_every 42) # 1 epoch, as for the paper's 7B, is too few here
     meta_flags=(--normalize) dpo_flags=(--lr 1e-4 --batch_size 16) # eta: the default, lr * sqrt(weights)
     sample_flags=(--max_new_tokens 48 --batch_size 512) meta_sample_flags=(--temperature 1.1)
     ppo_flags=(--steps 15 --batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48
@@ -149,7 +149,7 @@ controls() { # what MetaRM is compared with, and what judges them all
     stage "$run/oracle/samples" ppo.py sample --model "$run/ppo-$rounds/policy" --prompts "$run/data/prompts-meta.jsonl" \
       --k 4 "${sample_flags[@]}" --seed "$seed"
     stage "$run/oracle/pairs" data.py label --samples "$run/oracle/samples/samples.jsonl" --noise 0 --seed "$seed"
-    stage "$run/oracle/rm" rm.py --model "$run/sft" --data "$run/oracle/pairs/train.jsonl" --lr 3e-4 --epochs 4 --seed "$seed"
+    stage "$run/oracle/rm" rm.py --model "$run/sft" --data "$run/oracle/pairs/train.jsonl" --lr 1e-3 --epochs 4 --seed "$seed"
   fi
   arm reseeded
 }
@@ -157,7 +157,7 @@ dpo() { stage "$run/dpo" ppo.py dpo --model "$run/sft" --data "$pairs/train.json
 if [ -n "$real" ]; then # one GPU: one after the other
   arm metarm; controls; dpo
 else # two cores: two lanes. set -m makes each a process group, which the trap above can end as a whole
-  echo "== MetaRM here; its controls beside it on the other core: $run/controls.log"
+  echo "== MetaRM, then DPO here; the other arms beside them on the other core: $run/controls.log"
   export OMP_NUM_THREADS=1
   set -m
   { arm metarm; dpo; } & metarm=$!

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {
     "metarm.py": 465,
-    "rm.py": 550,
-    "ppo.py": 615,
+    "rm.py": 552,
+    "ppo.py": 627,
     "data.py": 675,
     "eval.py": 560,
     "run.sh": 171,
@@ -34,7 +34,7 @@ def test_a_file_is_no_longer_than_its_budget(name):
 
 
 def test_sums():
-    assert sum(len(lines_of(name)) for name in list(BUDGETS)[:5]) <= 2865
+    assert sum(len(lines_of(name)) for name in list(BUDGETS)[:5]) <= 2875
     tests = [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests").glob("*.sh")]
     assert sum(len(lines_of(path)) for path in tests) <= 3365
 

@@ -198,6 +198,8 @@ def test_draw_against_the_distribution():
         shares = tokens.flatten().bincount(minlength=4) / 20_000
         assert torch.allclose(shares, torch.tensor(want), atol=0.012)  # 3.4 standard errors
         assert (shares[torch.tensor(want) == 0] == 0).all()
+    with pytest.raises(data.Mistake, match="NaN"):
+        ppo.draw(torch.tensor([[0.0, 1.0], [0.0, math.nan]]))
 
 
 def test_sample_responses_is_seeded_and_keeps_the_order(policy_folder):
