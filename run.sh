@@ -147,9 +147,9 @@ controls() { # what MetaRM is compared with, and what judges them all
     stage "$run/judge/rm" rm.py "${rm_flags[@]}" --data "$run/data/judge.jsonl" --epochs 2 --seed "$((seed + 7))"
   else # the gold reward; and an RM with gold labels on vanilla PPO's samples: what could still be told apart there
     stage "$run/oracle/samples" ppo.py sample --model "$run/ppo-$rounds/policy" --prompts "$run/data/prompts-meta.jsonl" \
-      --k 4 "${sample_flags[@]}" --seed "$seed"
+      --k 10 "${sample_flags[@]}" --seed "$seed"
     stage "$run/oracle/pairs" data.py label --samples "$run/oracle/samples/samples.jsonl" --noise 0 --seed "$seed"
-    stage "$run/oracle/rm" rm.py --model "$run/sft" --data "$run/oracle/pairs/train.jsonl" --lr 1e-3 --epochs 4 --seed "$seed"
+    stage "$run/oracle/rm" rm.py --model "$run/sft" --data "$run/oracle/pairs/train.jsonl" --lr 3e-4 --epochs 4 --seed "$seed"
   fi
   arm reseeded
 }
