@@ -13,7 +13,7 @@ BUDGETS = {
     "data.py": 675,
     "eval.py": 560,
     "run.sh": 171,
-    "README.md": 260,
+    "README.md": 265,
     "docs/by_hand.py": 60,
 }
 # The functions that are the method; what surrounds them (options, files, devices) is not counted.
@@ -36,7 +36,7 @@ def test_a_file_is_no_longer_than_its_budget(name):
 def test_sums():
     assert sum(len(lines_of(name)) for name in list(BUDGETS)[:5]) <= 2875
     tests = [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests").glob("*.sh")]
-    assert sum(len(lines_of(path)) for path in tests) <= 3365
+    assert sum(len(lines_of(path)) for path in tests) <= 3375
 
 
 @pytest.mark.parametrize("name", CONCEPTS)

@@ -1,6 +1,7 @@
 """docs/study: statistics, the second world, the steps of its arms, resuming, the tables."""
 
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,14 @@ def test_a_killed_study_goes_on_where_it_stopped(monkeypatch, tmp_path):
     assert "| 0.00 | nan | 1 |" in told and "60.5" in told
     page.pictures(tmp_path, tmp_path)
     assert len(list(tmp_path.glob("dialogue-*.png"))) == 2
+
+
+def test_the_tables_of_both_pages_are_those_of_study_csv():
+    told = page.tables(STUDY).splitlines()
+    for path in (STUDY / "README.md", STUDY.parents[1] / "README.md"):
+        block = re.search(r"<!-- from study.csv -->(.*?)<!-- end -->", path.read_text(), re.DOTALL)
+        rows = [line for line in block[1].splitlines() if line.startswith("|")]
+        assert len(rows) > 4 and not [row for row in rows if row not in told]
 
 
 def test_docs_stay_small():

@@ -150,6 +150,8 @@ EFFECTS = read_table("""
 right on shifted samples, %: shifted.matched / 1
 gap there, SD: shifted.margin_sd / 2
 rank correlation there: shifted.rho / 3
+J there: shifted.J / 3
+J on SFT samples: sft.J / 3
 right on SFT samples: sft.matched / 1
 on the gold policy's: gold.matched / 1
 OOD: ood.matched / 1
