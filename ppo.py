@@ -198,7 +198,7 @@ def states_of(model, batch: dict, name: str) -> Tensor:
     both = torch.cat([ids[:, :-t], real[:, :-t]], dim=1)
     prompts, owner = both.unique(dim=0, return_inverse=True)
     if len(prompts) < len(ids) and ids.shape[1] > t + 1 and rm.shares_prompts(model):
-        prompts = (x[:, :-1] for x in prompts.chunk(2, dim=1))  # its last token comes again below
+        prompts = (x[:, :-1] for x in prompts.chunk(2, dim=1))  # the last is read with the response
         prompts = dict(zip(("input_ids", "attention_mask"), prompts, strict=True))
         responses = {"input_ids": ids[:, -t - 1 : -1], "attention_mask": real[:, -t - 1 : -1]}
         keep = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -249,7 +249,7 @@ def draw(logits: Tensor, top_p: float = 1.0) -> Tensor:
         probabilities = torch.where(before < top_p, probabilities, 0.0)
     cumulative = probabilities.double().cumsum(dim=-1)
     if not (cumulative[:, -1] > 0).all():
-        raise data.Mistake("NaN in what the policy says; lower the learning rate, or give another")
+        raise data.Mistake("NaN in the policy's logits; lower the learning rate that made it")
     coin = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, coin, right=True)
     return token if ids is None else ids.gather(1, token)

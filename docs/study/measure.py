@@ -13,7 +13,6 @@ import torch
 import data
 import eval as measures
 import ppo
-import rm
 
 TIE = 0.25  # a smaller gold gap is a tie, in SDs of gold
 
@@ -44,10 +43,7 @@ def pair_set(pairs: list[dict]) -> tuple:
 
 def rewards_on(model: tuple, answers: tuple) -> np.ndarray:
     """Rewards (m, k) by a loaded (reward model, tokenizer)."""
-    prompts, groups, *_ = answers
-    asked = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-    rewards = rm.score(*model, asked, sum(groups, []))
-    return rewards.double().reshape(len(groups), -1).numpy()
+    return measures.scored(model, *answers[:2])
 
 
 def in_sd(x, of: np.ndarray) -> np.ndarray:
