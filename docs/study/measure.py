@@ -90,6 +90,31 @@ def of_reward_model(model: tuple, sets: dict[str, tuple], D: dict[str, tuple]) -
     return row
 
 
+def of_policy(policy: Path, reference: Path, own: tuple, sft: tuple, rivals: dict) -> dict:
+    """What a policy is worth on its answer set: gold is compared with {name: a rival's answer set}.
+
+    kl: nats from the reference. win.X, lose.X: % of answers; a gold gap below TIE is neither.
+    """
+    loaded, (ref_policy, _) = ppo.load_policy(str(policy)), ppo.load_policy(str(reference))
+    row = {"kl": measures.kl_to(*loaded, ref_policy, *own[:2])}
+    row |= {"gold": in_sd(own[2], sft[2]).mean(), "bleu": measures.self_bleu(own[1])}
+    for name, theirs in rivals.items():
+        gold = in_sd(own[2], sft[2]), in_sd(theirs[2], sft[2])
+        sides = measures.win_tie_lose(*gold, TIE)
+        row |= {f"{side}.{name}": sides[side] for side in ("win", "lose")}
+    return row
+
+
+def of_rollouts(policy: Path, gold_on_sft: np.ndarray, parts: int = 3) -> dict[str, float]:
+    """Gold over KL during PPO, each a mean over a third of the steps."""
+    row = {}
+    for i, some in enumerate(np.array_split(data.read_jsonl(policy / "rollouts.jsonl"), parts)):
+        gold = [answer_set(step["prompts"], step["responses"])[2].mean() for step in some]
+        row[f"path_kl{i}"] = np.mean([step["kl"] for step in some])
+        row[f"path_gold{i}"] = in_sd(np.mean(gold), gold_on_sft)
+    return row
+
+
 def of_weights(margins: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Mean weights in Eq. 4 of pairs by their margins, of right and of flipped labels by truth."""
     weights = 1 / (1 + np.exp(margins))

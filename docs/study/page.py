@@ -4,24 +4,33 @@ Rules, fixed before the main worlds were run. Two arms are compared head by head
 the same order of D); the differences are averaged within a world, and the worlds are the sample of
 a t test. Primary are the two CONTRASTS, in accuracy on the frozen policy's fresh samples at the
 gold gaps of SFT samples: yes, if the difference is above 0 with p < 0.05 after Holm's correction
-over the two; no, if its whole 95 % interval lies below MARGIN; else unclear. All else is secondary.
+over the two; no, if its whole 95 % interval lies below the margin; else unclear. Of the policies
+(policies.py) the same two, in mean gold on the way from SFT to the KL that all arms of a world
+reach. All else is secondary.
 """
 
 import csv
+import functools
 import json
 import math
 from pathlib import Path
 
 import numpy as np
+from policies import POLICIES, ROUNDS
 from scipy import stats
 from summary import table as read_table
 
 PRIMARY = "shifted.matched"
+# claim: arm, rival
 CONTRASTS = {
     "MetaRM orders shifted samples better than a plain RM": ("first@1", "plain"),
     "and better than with S from the SFT policy": ("first@1", "stale@1"),
 }
-MARGIN = 2.0  # points: the least gain worth having
+OF_POLICIES = {
+    "MetaRM's policies are better than PPO's on RM₀": ("ppo:first@1", "ppo:rm0"),
+    "and better than PPO's on plain RMs with new seeds": ("ppo:first@1", "ppo:plain"),
+}
+MARGIN, GOLD_MARGIN = 2.0, 0.2  # points, SD of gold: the least gain worth having
 Worlds = dict[int, float]  # a figure of each world, by its seed
 
 
@@ -43,7 +52,7 @@ def holm(p_values: list[float]) -> list[float]:
     return [adjusted.get(p, math.nan) for p in p_values]
 
 
-def better(mean: float, high: float, p: float, margin: float = MARGIN) -> str:
+def better(mean: float, high: float, p: float, margin: float) -> str:
     """yes, no or unclear, by Holm's p; no: a gain worth having is ruled out."""
     if mean > 0 and p < 0.05:
         return "yes"
@@ -98,6 +107,38 @@ class Table:
         for t, seed, arm, head, metric, value in rows:
             if t == task:
                 self.found.setdefault((arm, metric), {})[seed, head] = value
+        self.policies = [arm for arm in POLICIES if (arm, "gold.1") in self.found]
+        self.add_best_round()
+        self.add_mean_gold()
+
+    def add_best_round(self) -> None:
+        """Each policy metric X.best: X of the round with the most gold on validation prompts."""
+        for arm in self.policies:
+            rounds = {f"{r}": self.get(arm, f"valid.{r}") for r in range(1, ROUNDS + 1)}
+            for seed in rounds["1"]:
+                best = max((r for r in rounds if seed in rounds[r]), key=lambda r: rounds[r][seed])
+                for name in [
+                    what for a, what in self.found if a == arm and what[-2:] == f".{best}"
+                ]:
+                    value = self.get(arm, name)[seed]
+                    self.found.setdefault((arm, f"{name[:-2]}.best"), {})[seed, 0] = value
+
+    def path(self, arm: str) -> dict[int, tuple]:
+        """{seed: (KL, gold) along an arm's way from SFT}; KL never falls."""
+        steps = [f"{i}.{r}" for r in range(1, ROUNDS + 1) for i in range(3)]
+        kl, gold = ([self.get(arm, f"path_{x}{step}") for step in steps] for x in ("kl", "gold"))
+        seeds = set.intersection(*map(set, kl))
+        far = {seed: np.maximum.accumulate([0.0, *(x[seed] for x in kl)]) for seed in seeds}
+        return {seed: (far[seed], [0.0, *(x[seed] for x in gold)]) for seed in sorted(seeds)}
+
+    def add_mean_gold(self) -> None:
+        """The metric "gold.path": mean gold from SFT to the KL that all arms of a world reach."""
+        paths = {arm: self.path(arm) for arm in self.policies if arm != "dpo"}
+        for arm, worlds in paths.items():
+            for seed, (kl, gold) in worlds.items():
+                reach = min(some[seed][0][-1] for some in paths.values() if seed in some)
+                mean = float(np.interp(np.linspace(0, reach, 101), kl, gold).mean())
+                self.found.setdefault((arm, "gold.path"), {})[seed, 0] = mean
 
     def get(self, arm: str, metric: str) -> Worlds:
         """An arm's figure in each world."""
@@ -119,7 +160,8 @@ class Table:
     def arms(self) -> list[str]:
         """The arms that are compared with the plain RM, in the page's order."""
         known, order = {arm for arm, _ in self.found} | {RESEEDED}, list(NAMES)
-        return sorted(known - {"plain", "rm0"}, key=lambda arm: (order.index(kind(arm)), knob(arm)))
+        known -= {"plain", "rm0", *POLICIES}
+        return sorted(known, key=lambda arm: (order.index(kind(arm)), knob(arm)))
 
 
 RESEEDED = "reseeded"
@@ -136,6 +178,8 @@ ocrm: OCRM, τ = {}
 gold: gold labels on S
 plain: plain RM
 rm0: RM₀
+adapted: MetaRM's θ′, η × {}
+dpo: DPO
 """)
 # heading of a column: metric / digits
 STALENESS = read_table("""
@@ -166,11 +210,21 @@ at θ′: adapted.weight.ratio / 2
 weights moved, %: climb.moved / 0
 in bf16, %: climb.moved_bf16 / 0
 """)
+WORTH = read_table("""
+mean gold up to the same KL, SD: gold.path / 2
+gold, round 1: gold.1 / 2
+round 2: gold.2 / 2
+round 3: gold.3 / 2
+KL, nats: kl.3 / 1
+reward by its own RM, SD: reward.3 / 2
+that RM right on its samples, %: matched.3 / 1
+Self-BLEU: bleu.3 / 3
+""")
 RULES = [("plain", "sft"), *((x, "shifted") for x in ("rm0", "plain", "first@1", "gold"))]
 
 
 def kind(arm: str) -> str:
-    return arm.partition("@")[0]
+    return arm.removeprefix("ppo:").partition("@")[0]
 
 
 def knob(arm: str) -> float:
@@ -200,17 +254,17 @@ def markdown(first: str, rows: dict[str, list[str]], headings: list[str]) -> str
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def verdicts(table: Table) -> str:
+def verdicts(table: Table, contrasts: dict, metric: str, margin: float) -> str:
     """The primary contrasts."""
-    found, rows = {claim: table.gain(a, rival=b) for claim, (a, b) in CONTRASTS.items()}, {}
+    found, rows = {claim: table.gain(a, metric, b) for claim, (a, b) in contrasts.items()}, {}
     tests = {claim: t_test(some.values()) for claim, some in found.items()}
     for (claim, (mean, _, high, _)), p in zip(
         tests.items(), holm([test[3] for test in tests.values()]), strict=True
     ):
         x = list(found[claim].values())
         sd = float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
-        row = [f"**{better(mean, high, p)}**", show(found[claim]), f"{p:.3f}", f"{len(x)}"]
-        rows[claim] = [*row, f"{sd:.1f}", f"{smallest_effect(sd, max(2, len(x))):.1f}"]
+        row = [f"**{better(mean, high, p, margin)}**", show(found[claim]), f"{p:.3f}", f"{len(x)}"]
+        rows[claim] = [*row, f"{sd:.2g}", f"{smallest_effect(sd, max(2, len(x))):.2g}"]
     headings = "verdict, difference [95 %], p (Holm), worlds, SD over worlds, smallest effect seen"
     return markdown("claim", rows, headings.split(", "))
 
@@ -224,6 +278,21 @@ def grid(first: str, columns: dict[str, list[str]], rows: dict[str, tuple], figu
     return markdown(first, shown, list(columns))
 
 
+def games(table: Table) -> str:
+    """% won, tied and lost against each rival in the same round, as the paper has them."""
+    rows, rivals = {}, [(x, r) for x in ("SFT", "PPO", "DPO") for r in ("3", "best")]
+    for arm in table.policies:
+        row = []
+        for rival, r in rivals:
+            won, lost = (table.get(arm, f"{side}.{rival}.{r}") for side in ("win", "lose"))
+            win, lose = (float(np.mean(list(x.values()) or math.nan)) for x in (won, lost))
+            margin = show({seed: won[seed] - lost[seed] for seed in won}, 0)
+            row.append(f"{win:.0f}/{100 - win - lose:.0f}/{lose:.0f}; {margin}" if won else "–")
+        rows |= {title(arm): row} if set(row) != {"–"} else {}
+    headings = [f"{rival}, {'best round' if r == 'best' else 'round 3'}" for rival, r in rivals]
+    return markdown("win/tie/lose, %; win − lose [95 %]", rows, headings)
+
+
 def tables(folder: Path) -> str:
     """All tables of study.csv, as Markdown."""
     all_rows, parts = read_rows(folder), []
@@ -235,7 +304,7 @@ def tables(folder: Path) -> str:
         )
         chain = sorted({what[:4] for what in metrics if what[:3] == "ppo"})
         policies = {name: ("rm0", name) for name in ("sft", *chain, "gold", "ood")}
-        parts += [f"## {task.capitalize()}\n", verdicts(table)]
+        parts += [f"## {task.capitalize()}\n", verdicts(table, CONTRASTS, PRIMARY, MARGIN)]
         parts.append(grid("RM₀ on samples of", STALENESS, policies, table.on))
         parts.append(grid("", EFFECTS, plain, table.get))
         parts.append(grid("minus the plain RM", EFFECTS, arms, table.gain))
@@ -245,6 +314,14 @@ def tables(folder: Path) -> str:
             rows[rule] = [show(table.on(arm, where, f"rule.{rule}"), 1) for arm, where in RULES]
         headings = [f"{title(arm)}, {where}" for arm, where in RULES]
         parts.append(markdown("ordered as by one rule of gold, %", rows, headings))
+        if table.policies:
+            parts.append(verdicts(table, OF_POLICIES, "gold.path", GOLD_MARGIN))
+            arms = {title(arm): (arm,) for arm in table.policies}
+            parts.append(grid("PPO on", WORTH, arms, table.get))
+            for rival in ("ppo:rm0", "ppo:plain"):
+                gains = functools.partial(table.gain, rival=rival)
+                parts.append(grid(f"minus PPO on {title(rival)}", WORTH, arms, gains))
+            parts.append(games(table))
     return "\n".join(parts)
 
 
@@ -255,9 +332,10 @@ def pictures(folder: Path, out: Path) -> None:
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
     rows = read_rows(folder)
     for task in sorted({row[0] for row in rows}):
-        for draw in (forest, doses):
+        table = Table(rows, task)
+        for draw in (forest, doses, *([paths] if table.policies else [])):
             page = figure.Figure(layout="constrained")
-            draw(page, Table(rows, task))
+            draw(page, table)
             page.savefig(out / f"{task}-{draw.__name__}.png", dpi=110)
 
 
@@ -291,3 +369,26 @@ def doses(page, table: Table) -> None:
         axes.axhline(0, color="#BBBBBB", lw=1)
         axes.set(xscale="log", xlabel="η, times the primary", ylabel=heading)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def paths(page, table: Table) -> None:
+    """Gold over KL along each arm's way from SFT, and minus that of vanilla PPO."""
+    page.set_size_inches(11, 4)
+    mean, minus = page.subplots(1, 2)
+    ways = {arm: table.path(arm) for arm in table.policies if arm != "dpo"}
+    x = np.linspace(0, min(far[-1] for some in ways.values() for far, _ in some.values()), 60)
+    for arm, some in ways.items():
+        gold = {seed: np.interp(x, *way) for seed, way in some.items()}
+        line = dict(color=colour(arm), label=title(arm))
+        mean.plot(x, np.mean(list(gold.values()), axis=0), **line)
+        if arm != "ppo:rm0":
+            gains = {seed: y - np.interp(x, *ways["ppo:rm0"][seed]) for seed, y in gold.items()}
+            y, low, high = np.array(
+                [t_test(some)[:3] for some in zip(*gains.values(), strict=True)]
+            ).T
+            minus.plot(x, y, **line)
+            minus.fill_between(x, low, high, color=colour(arm), alpha=0.12, lw=0)
+    minus.axhline(0, color="#BBBBBB", lw=1)
+    mean.set(xlabel="KL to SFT, nats", ylabel="gold, SD above SFT")
+    minus.set(xlabel="KL to SFT, nats", ylabel="minus PPO on RM₀ (95 %)")
+    mean.legend()

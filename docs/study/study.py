@@ -11,7 +11,8 @@ stands there is not run again: interrupted, the same command goes on. The primar
 come first. OUT/settings.json has what was chosen on the tuning seeds. After a change of the code or
 the settings, name another --runs and --out.
 
-arms.py trains, measure.py measures, page.py judges, summary.py is the second world.
+arms.py trains, policies.py goes on to policies, measure.py measures, page.py judges, summary.py is
+the second world.
 """
 
 import fcntl
@@ -28,8 +29,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import measure
 import page
+import policies
 import summary
 from arms import batches_of_S, factor_of, gold_pairs, gold_score, replaced, reward_model, stage
+from policies import POLICIES, ROUNDS
 
 import data
 import ppo
@@ -42,7 +45,7 @@ literal@5e-6 joint@0.3 ocrm@0.01 gold""".split()
 CLIMBS = "first stale exact random scale".split()  # their knob is a multiple of the primary eta
 # Seconds of a cell on one core, by its kind, and of what a world needs before its cells.
 SECONDS = dict(world=215, rm0=10, plain=44, first=77, stale=77, literal=77, exact=135)
-SECONDS |= dict(scale=84, random=46, joint=65, ocrm=55, gold=55)
+SECONDS |= dict(scale=84, random=46, joint=65, ocrm=55, gold=55, adapted=77, dpo=30)
 SMALL = dict(data="--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 24 --ood_ppo 16")
 SMALL |= dict(sft="--epochs 1", ppo="--steps 3 --batch_size 16 --minibatch_size 8")
 SMALL["ppo"] += " --scale_prompts 16"
@@ -64,9 +67,10 @@ def toy_flags(small: bool) -> dict[str, list[str]]:
 
 def read_arm(arm: str) -> tuple[str, float]:
     """("first", 3.0) of "first@3". Raises: Mistake on an arm that there is not."""
-    kind, _, knob = arm.partition("@")
-    if kind not in SECONDS or (kind in ("rm0", "plain", "gold")) != (not knob):
-        raise data.Mistake(f"--arms {arm}: there are {', '.join(PRIMARY + SECONDARY)}")
+    kind, _, knob = arm.removeprefix("ppo:").partition("@")
+    without_knob, of_policies = kind in ("rm0", "plain", "gold", "dpo"), arm.startswith("ppo:")
+    if kind not in SECONDS or without_knob != (not knob) or of_policies != (arm in POLICIES[1:]):
+        raise data.Mistake(f"--arms {arm}: there are {', '.join(PRIMARY + POLICIES + SECONDARY)}")
     return kind, float(knob or 0)
 
 
@@ -87,10 +91,6 @@ class World:
         self.chain = [self.sft]
         for r in range(1, chosen["rounds"] + 1):
             self.chain.append(self.improve(f"ppo-{r}", self.chain[-1], self.rm0, f"{seed}{r}"))
-        # S: k = 5 unlabelled responses, a little hotter so that they differ.
-        flags = [*self.flags["meta_sample"], "--k", 5]
-        self.S = self.sample("S", self.chain[-1], "meta", *flags)
-        self.stale_S = self.sample("S-stale", self.sft, "meta", *flags)
         # What all reward models are measured on.
         policies = {"sft": self.sft, "shifted": self.chain[-1], "gold": self.gold_policy()}
         policies |= {f"ppo{r}": policy for r, policy in enumerate(self.chain[1:], 1)}
@@ -140,19 +140,27 @@ class World:
                     break
         return min(tried, key=lambda policy: abs(tried[policy] - until))
 
-    def reward_model(self, arm: str, head: int) -> Path:
-        """An arm's reward model: arms differ only here."""
-        (kind, knob), out, options = read_arm(arm), self.home / f"{arm}-{head}/rm", self.options()
+    def S(self, policy: Path) -> Path:
+        """Of a policy: k = 5 unlabelled responses, a little hotter so that they differ."""
+        return self.sample(f"S-{policy.name}", policy, "meta", *self.flags["meta_sample"], "--k", 5)
+
+    def reward_model(self, arm: str, head: int, policy: Path | None = None) -> Path:
+        """An arm's reward model: arms differ only here. S is the policy's; None: the frozen one."""
+        (kind, knob), options = read_arm(arm), self.options()
+        policy = self.sft if kind == "stale" else policy or self.chain[-1]
         if kind == "rm0":
             return self.rm0
         if kind in CLIMBS:
             knob *= self.chosen["eta"]
+        out = self.home / f"{arm.replace('stale', 'first')}-{policy.name}-{head}"
+        if kind == "plain":
+            out = self.home / f"plain-{head}"
         if kind == "gold":  # the ceiling: D, and gold labels on S
-            rows = data.read_preferences(self.D / "train.jsonl") + gold_pairs(self.S)
-            data.write_jsonl(self.home / "gold.jsonl", rows)
-            options += ["--data", self.home / "gold.jsonl"]
-        source = {"stale": self.stale_S, "ocrm": self.chain[-1]}.get(kind, self.S)
-        return reward_model(kind, out, options, 1000 * (head + 1) + self.seed, knob, source)
+            rows = data.read_preferences(self.D / "train.jsonl") + gold_pairs(self.S(policy))
+            data.write_jsonl(Path(f"{out}.jsonl"), rows)
+            options += ["--data", f"{out}.jsonl"]
+        source = policy if kind in ("plain", "ocrm") else self.S(policy)
+        return reward_model(kind, out / "rm", options, 1000 * (head + 1) + self.seed, knob, source)
 
     def measure(self, arm: str, folder: Path) -> dict[str, float]:
         """All figures of one cell."""
@@ -166,7 +174,7 @@ class World:
                 row |= {f"{name}.kl": kl, f"{name}.worth": worth}
         there, beyond = {}, folder.with_name("adapted")  # θ'
         if arm.startswith("scale"):
-            batch = next(batches_of_S(*model, self.S, self.seed))
+            batch = next(batches_of_S(*model, self.S(self.chain[-1]), self.seed))
             factor = factor_of(model[0], batch, read_arm(arm)[1] * self.chosen["eta"])
             margins, gold = measure.rewards_on(model, self.pairs["train"]), self.pairs["train"][2]
             there = measure.of_weights(factor * margins @ [1, -1], gold @ [1, -1])
@@ -181,10 +189,13 @@ class World:
 def missing(args, task: str, seed: int, arms: list[str]) -> list[tuple]:
     """The cells of some arms that study.csv does not have, head after head."""
     known, cells = page.cells(args.out), []
-    for head in range(max(args.heads, args.more)):
+    for head in range(max(args.heads, args.more, ROUNDS + 1)):
         for arm in arms:
             heads = 1 if arm == "rm0" else args.heads if arm in PRIMARY else args.more
-            if head < heads and (task, seed, arm, head) not in known:
+            there = head < heads
+            if arm in POLICIES:  # whose rounds stand in the place of heads
+                there = head == 1 or arm != "dpo" and 0 < head <= ROUNDS
+            if there and (task, seed, arm, head) not in known:
                 cells.append((task, seed, arm, head))
     return cells
 
@@ -198,19 +209,22 @@ def run_world(args, task: str, seed: int, arms: list[str]) -> None:
         start = time.monotonic()
         world = World(home, task, seed, chosen["chosen"][task], args.small)
         for cell in missing(args, task, seed, arms):
-            figures = world.measure(cell[2], world.reward_model(*cell[2:]))
+            if cell[2] in POLICIES:
+                figures = policies.figures(world, *cell[2:])
+            else:
+                figures = world.measure(cell[2], world.reward_model(*cell[2:]))
             page.append_rows(args.out, [(*cell, *figure) for figure in figures.items()])
-            right = f"{figures['shifted.matched']:.1f} % right on shifted samples"
-            print(*cell, f"{right}, {time.monotonic() - start:.0f} s", flush=True)
+            print(*cell, f"{time.monotonic() - start:.0f} s", flush=True)
             start = time.monotonic()
 
 
 def study(args) -> None:
     """Runs what study.csv does not have, each world in a process of its own; prints the tables."""
     chosen, jobs, seconds = page.read_settings(args.out).get("chosen", {}), [], 0
-    arms = args.arms.split(",") if args.arms else PRIMARY + SECONDARY
-    for part in (PRIMARY, SECONDARY):  # the primary arms of all worlds come first
-        some = [arm for arm in arms if (arm in PRIMARY) == (part is PRIMARY)]
+    arms = args.arms.split(",") if args.arms else PRIMARY + POLICIES + SECONDARY
+    groups = {arm: rank for rank, part in enumerate((PRIMARY, POLICIES)) for arm in part}
+    for rank in range(3):  # the primary arms of all worlds come first, then the policies
+        some = [arm for arm in arms if groups.get(arm, 2) == rank]
         for task in args.tasks.split(","):
             if task not in chosen:
                 raise data.Mistake(f"--tasks {task}: {args.out}/settings.json has only {chosen}")

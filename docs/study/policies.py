@@ -1,0 +1,61 @@
+"""Part 2: are the policies better? Each arm has a chain of its own, of reward models and policies.
+
+All start at the SFT policy and have three rounds of PPO. In round r, S comes from the arm's own
+last policy, and its reward model has head r - 1: the same in all arms but "ppo:rm0", which keeps
+RM₀. So "ppo:plain" and "ppo:first@1" differ by the climb alone. All have one KL weight, `policy_kl`
+of settings.json, and gold judges them.
+"""
+
+from pathlib import Path
+
+import measure
+from arms import stage
+
+import ppo
+import rm
+
+ROUNDS = 3
+POLICIES = """dpo ppo:rm0 ppo:plain ppo:first@1 ppo:gold ppo:random@1 ppo:ocrm@0.01 ppo:adapted@1
+ppo:first@3""".split()
+
+
+def policy(world, arm: str, r: int) -> Path:
+    """The folder of an arm's policy after round r, 0 for SFT's. What is missing is trained."""
+    if r == 0:
+        return world.sft
+    if arm == "dpo":  # no reward model, no rounds
+        argv = ["--model", world.sft, "--data", world.D / "train.jsonl", *world.flags["dpo"]]
+        return stage(world.home / arm, ppo.main, "dpo", *argv, "--seed", world.seed)
+    weight, last = world.chosen["policy_kl"], policy(world, arm, r - 1)
+    how = last, reward_model(world, arm, r), f"{world.seed}{r}", "--kl_coef", weight
+    return world.improve(f"{arm}-{weight}-{r}", *how)
+
+
+def reward_model(world, arm: str, r: int) -> Path:
+    """The reward model that an arm's policy is optimised against in round r."""
+    kind = arm.removeprefix("ppo:")
+    last = policy(world, arm, r - 1)
+    folder = world.reward_model(kind.replace("adapted", "first"), r - 1, last)
+    return folder.with_name("adapted") if kind.startswith("adapted") else folder
+
+
+def figures(world, arm: str, r: int) -> dict[str, float]:
+    """All figures of an arm's round r."""
+    made, row = policy(world, arm, r), {}
+    rivals = {"SFT": world.sft, "DPO": policy(world, "dpo", 1), "PPO": policy(world, "ppo:rm0", r)}
+
+    def answers(path, prompts="test"):
+        return measure.answers(path, world.prompts(prompts), world.seed + 1)
+
+    own, sft = answers(made), answers(world.sft)
+    theirs = {name: answers(path) for name, path in rivals.items() if path != made}
+    row = measure.of_policy(made, world.sft, own, sft, theirs)
+    row |= {
+        "valid": measure.in_sd(answers(made, "valid")[2], answers(world.sft, "valid")[2]).mean()
+    }
+    if arm != "dpo":
+        row |= measure.of_rollouts(made, sft[2])
+        model = rm.load_reward_model(str(reward_model(world, arm, r)))
+        found = measure.of_reward_model(model, {"sft": sft, "own": own}, world.pairs)
+        row |= {name: found[f"own.{name}"] for name in ("reward", "matched", "matched_sft")}
+    return {f"{name}.{r}": float(value) for name, value in row.items()}
