@@ -19,7 +19,9 @@ import rm
 sys.path.append(str(Path(__file__).resolve().parents[1] / "docs" / "study"))
 
 import arms
+import measure
 import page
+import policies
 import study
 import summary
 
@@ -43,7 +45,9 @@ def test_holm_and_verdicts_follow_the_rules():
     assert adjusted[::2] == pytest.approx([0.02, 0.02]) and math.isnan(adjusted[1])
     assert page.better(3.0, 3.5, 0.01, 2.0) == "yes" and page.better(0.5, 1.9, 0.3, 2.0) == "no"
     assert page.better(0.5, 2.1, 0.3, 2.0) == page.better(3.0, 5.9, 0.2, 2.0) == "unclear"
-    assert page.better(1.0, math.nan, math.nan) == "unclear" and page.better(-3, -1, 0.01) == "no"
+    assert (
+        page.better(1, math.nan, math.nan, 2) == "unclear" and page.better(-3, -1, 0.01, 2) == "no"
+    )
 
 
 def test_the_smallest_effect_is_seen_eight_times_of_ten():
@@ -61,6 +65,61 @@ def test_arms_are_compared_head_by_head_and_then_by_world():
     assert table.gain("first@1", "m") == {7: pytest.approx((1 + 2) / 2)}  # head 0 has no partner
     assert table.gain(page.RESEEDED, "m") == {7: pytest.approx((4 + 2) / 2)}
     assert table.get("plain", "m") == {7: 3.0} and table.get("first@1", "m") == {7: 5.5, 8: 2.0}
+
+
+def test_policies_are_compared_on_the_way_to_one_kl_and_at_their_best_round():
+    rows, ways = [], {"ppo:rm0": (1, 2, 3), "ppo:first@1": (2, 4, 3)}
+    for arm, kl in ways.items():  # three points a round: KL of the round's number, and gold 2 KL
+        for r in (1, 2, 3):
+            rows += [("d", 7, arm, r, f"path_kl{i}.{r}", kl[r - 1]) for i in range(3)]
+            factor = 2 if arm == "ppo:rm0" else 3
+            rows += [("d", 7, arm, r, f"path_gold{i}.{r}", factor * kl[r - 1]) for i in range(3)]
+            rows += [("d", 7, arm, r, f"gold.{r}", r), ("d", 7, arm, r, f"valid.{r}", kl[r - 1])]
+    table = page.Table(rows, "d")
+    assert table.policies == list(ways) and table.arms() == [page.RESEEDED]
+    # All reach 3 nats. Gold rises in straight lines to 6 and to 9: half that on average.
+    assert table.get("ppo:rm0", "gold.path") == {7: pytest.approx(3.0)}
+    assert table.gain("ppo:first@1", "gold.path", "ppo:rm0") == {7: pytest.approx(1.5)}
+    assert table.get("ppo:rm0", "gold.best") == {7: 3} and table.get(
+        "ppo:first@1", "gold.best"
+    ) == {7: 2}
+    assert list(table.path("ppo:first@1")[7][0]) == [0, 2, 2, 2, 4, 4, 4, 4, 4, 4]  # never falls
+
+
+def test_each_chain_of_policies_has_its_own_S_and_the_same_heads():
+    asked = []
+
+    class World:
+        sft, rm0, seed, chosen = Path("sft"), Path("rm0"), 9, {"policy_kl": 0.01}
+
+        def reward_model(self, arm, head, policy):
+            asked.append((arm, head, policy.name))
+            return Path(f"{arm}-{policy.name}-{head}/rm")
+
+        def improve(self, out, last, model, seed, *flags):
+            return Path(f"{out}") if flags == ("--kl_coef", 0.01) and seed[0] == "9" else None
+
+    assert policies.policy(World(), "ppo:adapted@1", 2).name == "ppo:adapted@1-0.01-2"
+    assert set(asked) == {("first@1", 0, "sft"), ("first@1", 1, "ppo:adapted@1-0.01-1")}
+    assert policies.reward_model(World(), "ppo:adapted@1", 1).name == "adapted"
+    assert policies.reward_model(World(), "ppo:plain", 3).parent.name == "plain-ppo:plain-0.01-2-2"
+
+
+def test_a_policy_is_measured_by_gold(tmp_path, policy_folder):
+    prompts, said = [SHOP, SHOP], [[" Sorry now.", " Thank you."], [" We guarantee it.", " Sorry."]]
+    sft, other = measure.answer_set(prompts, said), measure.answer_set(prompts, said[::-1])
+    found = measure.of_policy(policy_folder, policy_folder, other, sft, {"SFT": sft, "X": other})
+    gold = (other[2] - sft[2].mean()) / sft[2].std()
+    assert found["gold"] == pytest.approx(gold.mean()) and found["kl"] == pytest.approx(0, abs=1e-5)
+    above = (other[2] - sft[2]) / sft[2].std() > measure.TIE
+    assert found["win.SFT"] == pytest.approx(100 * above.mean()) and found["win.X"] == 0
+    steps = [
+        {"kl": i, "prompts": prompts, "responses": said if i < 2 else said[::-1]} for i in range(4)
+    ]
+    data.write_jsonl(tmp_path / "rollouts.jsonl", steps)
+    found = measure.of_rollouts(tmp_path, sft[2], parts=2)
+    assert (found["path_kl0"], found["path_kl1"]) == (0.5, 2.5)
+    assert found["path_gold0"] == found["path_gold1"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_world_of_notes():
@@ -82,12 +141,13 @@ def test_the_world_of_notes():
 
 def test_arms_and_flags():
     assert study.read_arm("first@0.3") == ("first", 0.3) and study.read_arm("gold") == ("gold", 0)
-    kinds = {study.read_arm(arm)[0] for arm in study.PRIMARY + study.SECONDARY}
+    kinds = {study.read_arm(arm)[0] for arm in study.PRIMARY + study.POLICIES + study.SECONDARY}
     assert (
         kinds == study.SECONDS.keys() - {"world"} == page.NAMES.keys() - {page.RESEEDED} | {"rm0"}
     )
-    flags = study.toy_flags(small=False)  # read out of run.sh
+    flags = study.toy_flags(False, {"steps": 12})  # read out of run.sh
     assert {"sft", "rm", "meta_sample", "sample", "ppo"} <= flags.keys() and "--lr" in flags["rm"]
+    assert flags["ppo"][-2:] == ["--steps", "12"]
 
 
 @pytest.mark.parametrize("option", ["--tasks=poem", "--arms=plain,magic@1", "--arms=first"])

@@ -114,14 +114,13 @@ class Table:
     def add_best_round(self) -> None:
         """Each policy metric X.best: X of the round with the most gold on validation prompts."""
         for arm in self.policies:
-            rounds = {f"{r}": self.get(arm, f"valid.{r}") for r in range(1, ROUNDS + 1)}
-            for seed in rounds["1"]:
-                best = max((r for r in rounds if seed in rounds[r]), key=lambda r: rounds[r][seed])
-                for name in [
-                    what for a, what in self.found if a == arm and what[-2:] == f".{best}"
-                ]:
-                    value = self.get(arm, name)[seed]
-                    self.found.setdefault((arm, f"{name[:-2]}.best"), {})[seed, 0] = value
+            metrics = [what for a, what in self.found if a == arm]
+            rounds = [self.get(arm, f"valid.{r}") for r in range(1, ROUNDS + 1)]
+            for seed in set.intersection(*map(set, rounds)):
+                best = 1 + int(np.argmax([gold[seed] for gold in rounds]))
+                for name in (what[:-2] for what in metrics if what.endswith(f".{best}")):
+                    value = self.get(arm, f"{name}.{best}")[seed]
+                    self.found.setdefault((arm, f"{name}.best"), {})[seed, 0] = value
 
     def path(self, arm: str) -> dict[int, tuple]:
         """{seed: (KL, gold) along an arm's way from SFT}; KL never falls."""
@@ -320,7 +319,8 @@ def tables(folder: Path) -> str:
             parts.append(grid("PPO on", WORTH, arms, table.get))
             for rival in ("ppo:rm0", "ppo:plain"):
                 gains = functools.partial(table.gain, rival=rival)
-                parts.append(grid(f"minus PPO on {title(rival)}", WORTH, arms, gains))
+                others = {name: key for name, key in arms.items() if key != (rival,)}
+                parts.append(grid(f"minus PPO on {title(rival)}", WORTH, others, gains))
             parts.append(games(table))
     return "\n".join(parts)
 

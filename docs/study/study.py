@@ -56,12 +56,13 @@ ENVIRONMENT |= dict(MALLOC_MMAP_THRESHOLD_="1073741824", MALLOC_TRIM_THRESHOLD_=
 ENVIRONMENT |= dict(MALLOC_TOP_PAD_="67108864", CUDA_VISIBLE_DEVICES="")
 
 
-def toy_flags(small: bool) -> dict[str, list[str]]:
+def toy_flags(small: bool, chosen: dict) -> dict[str, list[str]]:
     """The options of run.sh's toy preset, so that the study is of the loop that everybody runs."""
     text = Path(__file__).resolve().parents[2].joinpath("run.sh").read_text(encoding="utf-8")
     preset = text.partition("  toy | smoke)")[2].partition("[ ")[0]
     flags = {name: said.split() for name, said in re.findall(r"(\w+)_flags=\(([^)]*)\)", preset)}
     flags["data"] = ["--test", "512"]
+    flags["ppo"] += ["--steps", str(chosen["steps"])] if "steps" in chosen else []
     return {name: said + small * SMALL.get(name, "").split() for name, said in flags.items()}
 
 
@@ -78,7 +79,7 @@ class World:
     """One seed of one task: what all its arms share, how an arm gets its RM, and its figures."""
 
     def __init__(self, home: Path, task: str, seed: int, chosen: dict, small: bool):
-        self.home, self.seed, self.chosen, self.flags = home, seed, chosen, toy_flags(small)
+        self.home, self.seed, self.chosen, self.flags = home, seed, chosen, toy_flags(small, chosen)
         self.sft, self.D = home / "sft", home / "D"
         data.make_world = functools.partial(MAKE_WORLD, world=summary.WORLDS[task])
         stage(home / "data", data.main, "toy", "--seed", seed, *self.flags["data"])
@@ -228,6 +229,8 @@ def study(args) -> None:
         for task in args.tasks.split(","):
             if task not in chosen:
                 raise data.Mistake(f"--tasks {task}: {args.out}/settings.json has only {chosen}")
+            if rank == 1 and "policy_kl" not in chosen[task]:
+                continue  # reward models only
             for seed in map(int, args.seeds.split(",")):
                 kinds = [read_arm(arm)[0] for _, _, arm, _ in missing(args, task, seed, some)]
                 if kinds:
