@@ -219,6 +219,12 @@ reward by its own RM, SD: reward.3 / 2
 that RM right on its samples, %: matched.3 / 1
 Self-BLEU: bleu.3 / 3
 """)
+# the paper's Table 2, best round: rival: win, tie, lose (%) on harmless / helpful / summary
+PAPER = read_table("""
+SFT: 69 28 3 / 73 23 4 / 78 5 17
+PPO: 54 31 15 / 65 30 5 / 62 7 31
+DPO: 49 16 35 / 58 35 7 / 59 6 35
+""")
 RULES = [("plain", "sft"), *((x, "shifted") for x in ("rm0", "plain", "first@1", "gold"))]
 
 
@@ -292,6 +298,23 @@ def games(table: Table) -> str:
     return markdown("win/tie/lose, %; win − lose [95 %]", rows, headings)
 
 
+def beside_paper(table: Table, ours: str = "ppo:first@1") -> str:
+    """win − lose in the paper, with the 95 % interval of its 100 prompts, and here, over worlds."""
+    rows = {}
+    for rival, tasks in PAPER.items():
+        won, lost = (table.get(ours, f"{side}.{rival}.best") for side in ("win", "lose"))
+        here, row = {seed: won[seed] - lost[seed] for seed in won}, []
+        _, our_low, our_high, _ = t_test(here.values())
+        for win, _, lose in (map(int, task.split()) for task in tasks):
+            mean = win - lose
+            half = 1.96 * math.sqrt((100 * (win + lose) - mean**2) / 100)
+            same = "yes" if our_low <= mean + half and mean - half <= our_high else "no"
+            row.append(f"{mean} [{mean - half:.0f}, {mean + half:.0f}], {same}".replace("-", "−"))
+        rows[f"MetaRM's best round against {rival}"] = [show(here, 0), *row]
+    headings = [f"paper, {task}, overlap" for task in ("harmless", "helpful", "summary")]
+    return markdown("win − lose, %", rows, ["here", *headings])
+
+
 def tables(folder: Path) -> str:
     """All tables of study.csv, as Markdown."""
     all_rows, parts = read_rows(folder), []
@@ -321,7 +344,7 @@ def tables(folder: Path) -> str:
                 gains = functools.partial(table.gain, rival=rival)
                 others = {name: key for name, key in arms.items() if key != (rival,)}
                 parts.append(grid(f"minus PPO on {title(rival)}", WORTH, others, gains))
-            parts.append(games(table))
+            parts += [games(table), beside_paper(table)]
     return "\n".join(parts)
 
 
@@ -376,16 +399,18 @@ def paths(page, table: Table) -> None:
     page.set_size_inches(11, 4)
     mean, minus = page.subplots(1, 2)
     ways = {arm: table.path(arm) for arm in table.policies if arm != "dpo"}
-    x = np.linspace(0, min(far[-1] for some in ways.values() for far, _ in some.values()), 60)
-    for arm, some in ways.items():
-        gold = {seed: np.interp(x, *way) for seed, way in some.items()}
+    ends = [kl[-1] for worlds in ways.values() for kl, _ in worlds.values()]
+    x = np.linspace(0, min(ends, default=0), 60)
+    gold = {arm: {s: np.interp(x, *way) for s, way in some.items()} for arm, some in ways.items()}
+    vanilla = gold.get("ppo:rm0", {})
+    for arm, worlds in gold.items():
         line = dict(color=colour(arm), label=title(arm))
-        mean.plot(x, np.mean(list(gold.values()), axis=0), **line)
-        if arm != "ppo:rm0":
-            gains = {seed: y - np.interp(x, *ways["ppo:rm0"][seed]) for seed, y in gold.items()}
-            y, low, high = np.array(
-                [t_test(some)[:3] for some in zip(*gains.values(), strict=True)]
-            ).T
+        both = worlds.keys() & vanilla.keys()
+        if both:
+            mean.plot(x, np.mean([worlds[seed] for seed in both], axis=0), **line)
+        if both and arm != "ppo:rm0":
+            gains = np.array([worlds[seed] - vanilla[seed] for seed in both])
+            y, low, high, _ = np.array([t_test(column) for column in gains.T]).T
             minus.plot(x, y, **line)
             minus.fill_between(x, low, high, color=colour(arm), alpha=0.12, lw=0)
     minus.axhline(0, color="#BBBBBB", lw=1)
