@@ -36,7 +36,7 @@ def test_a_file_is_no_longer_than_its_budget(name):
 def test_sums():
     assert sum(len(lines_of(name)) for name in list(BUDGETS)[:5]) <= 2875
     tests = [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests").glob("*.sh")]
-    assert sum(len(lines_of(path)) for path in tests) <= 3375
+    assert sum(len(lines_of(path)) for path in tests) <= 3440
 
 
 @pytest.mark.parametrize("name", CONCEPTS)

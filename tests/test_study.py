@@ -68,7 +68,8 @@ def test_arms_are_compared_head_by_head_and_then_by_world():
 
 
 def test_policies_are_compared_on_the_way_to_one_kl_and_at_their_best_round():
-    rows, ways = [], {"ppo:rm0": (1, 2, 3), "ppo:first@1": (2, 4, 3)}
+    ways = {"ppo:rm0": (1, 2, 3), "ppo:plain": (4, 4, 4), "ppo:first@1": (2, 4, 3)}
+    rows = []
     for arm, kl in ways.items():  # three points a round: KL of the round's number, and gold 2 KL
         for r in (1, 2, 3):
             rows += [("d", 7, arm, r, f"path_kl{i}.{r}", kl[r - 1]) for i in range(3)]
@@ -150,7 +151,9 @@ def test_arms_and_flags():
     assert flags["ppo"][-2:] == ["--steps", "12"]
 
 
-@pytest.mark.parametrize("option", ["--tasks=poem", "--arms=plain,magic@1", "--arms=first"])
+@pytest.mark.parametrize(
+    "option", ["--tasks=poem", "--arms=plain,magic@1", "--arms=first", "--arms=adapted@1"]
+)
 def test_mistakes_are_one_line(capsys, tmp_path, option):
     (tmp_path / "settings.json").write_text('{"chosen": {"dialogue": {}}}')
     assert study.main([option, "--out", str(tmp_path), "--runs", str(tmp_path)]) == 2

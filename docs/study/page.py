@@ -5,8 +5,8 @@ the same order of D); the differences are averaged within a world, and the world
 a t test. Primary are the two CONTRASTS, in accuracy on the frozen policy's fresh samples at the
 gold gaps of SFT samples: yes, if the difference is above 0 with p < 0.05 after Holm's correction
 over the two; no, if its whole 95 % interval lies below the margin; else unclear. Of the policies
-(policies.py) the same two, in mean gold on the way from SFT to the KL that all arms of a world
-reach. All else is secondary.
+(policies.py) the two of OF_POLICIES, in mean gold on the way from SFT to the KL that their three
+arms reach. All else is secondary.
 """
 
 import csv
@@ -115,29 +115,36 @@ class Table:
         """Each policy metric X.best: X of the round with the most gold on validation prompts."""
         for arm in self.policies:
             metrics = [what for a, what in self.found if a == arm]
-            rounds = [self.get(arm, f"valid.{r}") for r in range(1, ROUNDS + 1)]
+            last = 1 if arm == "dpo" else ROUNDS  # DPO has no rounds
+            rounds = [self.get(arm, f"valid.{r}") for r in range(1, last + 1)]
             for seed in set.intersection(*map(set, rounds)):
                 best = 1 + int(np.argmax([gold[seed] for gold in rounds]))
                 for name in (what[:-2] for what in metrics if what.endswith(f".{best}")):
-                    value = self.get(arm, f"{name}.{best}")[seed]
+                    value = self.get(arm, f"{name}.{best}").get(seed, math.nan)
                     self.found.setdefault((arm, f"{name}.best"), {})[seed, 0] = value
 
     def path(self, arm: str) -> dict[int, tuple]:
         """{seed: (KL, gold) along an arm's way from SFT}; KL never falls."""
         steps = [f"{i}.{r}" for r in range(1, ROUNDS + 1) for i in range(3)]
         kl, gold = ([self.get(arm, f"path_{x}{step}") for step in steps] for x in ("kl", "gold"))
-        seeds = set.intersection(*map(set, kl))
+        seeds = set.intersection(*map(set, kl + gold))
         far = {seed: np.maximum.accumulate([0.0, *(x[seed] for x in kl)]) for seed in seeds}
         return {seed: (far[seed], [0.0, *(x[seed] for x in gold)]) for seed in sorted(seeds)}
 
     def add_mean_gold(self) -> None:
-        """The metric "gold.path": mean gold from SFT to the KL that all arms of a world reach."""
+        """The metric "gold.path": mean gold from SFT to the KL that the arms of OF_POLICIES reach.
+
+        An arm that ends before has none in that world.
+        """
         paths = {arm: self.path(arm) for arm in self.policies if arm != "dpo"}
-        for arm, worlds in paths.items():
-            for seed, (kl, gold) in worlds.items():
-                reach = min(some[seed][0][-1] for some in paths.values() if seed in some)
-                mean = float(np.interp(np.linspace(0, reach, 101), kl, gold).mean())
-                self.found.setdefault((arm, "gold.path"), {})[seed, 0] = mean
+        primary = [paths.get(arm, {}) for arm in set(sum(OF_POLICIES.values(), ()))]
+        for seed in set.intersection(*map(set, primary)):
+            reach = min(some[seed][0][-1] for some in primary)
+            for arm, worlds in paths.items():
+                kl, gold = worlds.get(seed, ([0], [0]))
+                if kl[-1] >= reach:
+                    mean = float(np.interp(np.linspace(0, reach, 101), kl, gold).mean())
+                    self.found.setdefault((arm, "gold.path"), {})[seed, 0] = mean
 
     def get(self, arm: str, metric: str) -> Worlds:
         """An arm's figure in each world."""
@@ -222,9 +229,19 @@ Self-BLEU: bleu.3 / 3
 # the paper's Table 2, best round: rival: win, tie, lose (%) on harmless / helpful / summary
 PAPER = read_table("""
 SFT: 69 28 3 / 73 23 4 / 78 5 17
-PPO: 54 31 15 / 65 30 5 / 62 7 31
+PPO's best: 54 31 15 / 65 30 5 / 62 7 31
 DPO: 49 16 35 / 58 35 7 / 59 6 35
 """)
+# heading: rival, our round. A rival has our round, or (its best) the one with the most gold on
+# validation prompts.
+RIVALS = {
+    "SFT, round 3": ("SFT", "3"),
+    "SFT, best round": ("SFT", "best"),
+    "PPO on RM₀, round 3": ("PPO", "3"),
+    "best round against its best": ("PPO's best", "best"),
+    "DPO, round 3": ("DPO", "3"),
+    "DPO, best round": ("DPO", "best"),
+}
 RULES = [("plain", "sft"), *((x, "shifted") for x in ("rm0", "plain", "first@1", "gold"))]
 
 
@@ -283,34 +300,40 @@ def grid(first: str, columns: dict[str, list[str]], rows: dict[str, tuple], figu
     return markdown(first, shown, list(columns))
 
 
+def won_minus_lost(table: Table, arm: str, rival: str, r: str) -> tuple[Worlds, ...]:
+    """(% of answers won, lost, won - lost) by an arm after round r against a rival."""
+    won, lost = (table.get(arm, f"{side}.{rival}.{r}") for side in ("win", "lose"))
+    return won, lost, {seed: won[seed] - lost[seed] for seed in won}
+
+
 def games(table: Table) -> str:
-    """% won, tied and lost against each rival in the same round, as the paper has them."""
-    rows, rivals = {}, [(x, r) for x in ("SFT", "PPO", "DPO") for r in ("3", "best")]
+    """% won, tied and lost against each rival, as the paper has them."""
+    rows = {}
     for arm in table.policies:
         row = []
-        for rival, r in rivals:
-            won, lost = (table.get(arm, f"{side}.{rival}.{r}") for side in ("win", "lose"))
-            win, lose = (float(np.mean(list(x.values()) or math.nan)) for x in (won, lost))
-            margin = show({seed: won[seed] - lost[seed] for seed in won}, 0)
-            row.append(f"{win:.0f}/{100 - win - lose:.0f}/{lose:.0f}; {margin}" if won else "–")
+        for rival, r in RIVALS.values():
+            *sides, margin = won_minus_lost(table, arm, rival, r)
+            win, lose = (t_test(side.values())[0] for side in sides)
+            row.append(f"{win:.0f}/{100 - win - lose:.0f}/{lose:.0f}; {show(margin, 0)}")
+        row = ["–" if "nan" in cell else cell for cell in row]
         rows |= {title(arm): row} if set(row) != {"–"} else {}
-    headings = [f"{rival}, {'best round' if r == 'best' else 'round 3'}" for rival, r in rivals]
-    return markdown("win/tie/lose, %; win − lose [95 %]", rows, headings)
+    return markdown("win/tie/lose, %; win − lose [95 %]", rows, list(RIVALS))
 
 
 def beside_paper(table: Table, ours: str = "ppo:first@1") -> str:
     """win − lose in the paper, with the 95 % interval of its 100 prompts, and here, over worlds."""
     rows = {}
     for rival, tasks in PAPER.items():
-        won, lost = (table.get(ours, f"{side}.{rival}.best") for side in ("win", "lose"))
-        here, row = {seed: won[seed] - lost[seed] for seed in won}, []
+        *_, here = won_minus_lost(table, ours, rival, "best")
         _, our_low, our_high, _ = t_test(here.values())
+        row = [show(here, 0)]
         for win, _, lose in (map(int, task.split()) for task in tasks):
             mean = win - lose
             half = 1.96 * math.sqrt((100 * (win + lose) - mean**2) / 100)
             same = "yes" if our_low <= mean + half and mean - half <= our_high else "no"
+            same = "–" if our_low != our_low else same
             row.append(f"{mean} [{mean - half:.0f}, {mean + half:.0f}], {same}".replace("-", "−"))
-        rows[f"MetaRM's best round against {rival}"] = [show(here, 0), *row]
+        rows[f"MetaRM's best round against {rival}"] = row
     headings = [f"paper, {task}, overlap" for task in ("harmless", "helpful", "summary")]
     return markdown("win − lose, %", rows, ["here", *headings])
 
@@ -387,10 +410,13 @@ def doses(page, table: Table) -> None:
             arms = [arm for arm in table.arms() if kind(arm) == name]
             points = [t_test(table.gain(arm, metric).values())[:3] for arm in arms]
             x, (y, low, high) = [knob(arm) for arm in arms], np.reshape(points, (-1, 3)).T
-            axes.plot(x, y, "o-", color=colour(name), label=NAMES[name][0].partition(", η")[0])
-            axes.fill_between(x, low, high, color=colour(name), alpha=0.15, lw=0)
+            line = dict(color=colour(name), label=NAMES[name][0].partition(", η")[0], capsize=3)
+            shifted = np.array(x) * 1.04 ** list(NAMES).index(name)  # side by side
+            axes.errorbar(shifted, y, [y - low, high - y], fmt="o-", **line)
         axes.axhline(0, color="#BBBBBB", lw=1)
         axes.set(xscale="log", xlabel="η, times the primary", ylabel=heading)
+        axes.set_xticks([0.3, 1, 3], ["0.3", "1", "3"])
+        axes.set_xticks([], minor=True)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -399,20 +425,17 @@ def paths(page, table: Table) -> None:
     page.set_size_inches(11, 4)
     mean, minus = page.subplots(1, 2)
     ways = {arm: table.path(arm) for arm in table.policies if arm != "dpo"}
-    ends = [kl[-1] for worlds in ways.values() for kl, _ in worlds.values()]
-    x = np.linspace(0, min(ends, default=0), 60)
-    gold = {arm: {s: np.interp(x, *way) for s, way in some.items()} for arm, some in ways.items()}
-    vanilla = gold.get("ppo:rm0", {})
-    for arm, worlds in gold.items():
-        line = dict(color=colour(arm), label=title(arm))
-        both = worlds.keys() & vanilla.keys()
-        if both:
-            mean.plot(x, np.mean([worlds[seed] for seed in both], axis=0), **line)
-        if both and arm != "ppo:rm0":
-            gains = np.array([worlds[seed] - vanilla[seed] for seed in both])
+    worlds = sorted(set.intersection(*map(set, ways.values())))
+    x = np.linspace(0, min((ways[a][s][0][-1] for a in ways for s in worlds), default=0), 60)
+    gold = {arm: [np.interp(x, *ways[arm][seed]) for seed in worlds] for arm in ways}
+    for number, (arm, some) in enumerate(gold.items() if worlds else ()):
+        line = dict(color=f"C{number}", label=title(arm))
+        mean.plot(x, np.mean(some, axis=0), **line)
+        if arm != "ppo:rm0" and "ppo:rm0" in gold:
+            gains = np.array(some) - gold["ppo:rm0"]
             y, low, high, _ = np.array([t_test(column) for column in gains.T]).T
             minus.plot(x, y, **line)
-            minus.fill_between(x, low, high, color=colour(arm), alpha=0.12, lw=0)
+            minus.fill_between(x, low, high, color=line["color"], alpha=0.12, lw=0)
     minus.axhline(0, color="#BBBBBB", lw=1)
     mean.set(xlabel="KL to SFT, nats", ylabel="gold, SD above SFT")
     minus.set(xlabel="KL to SFT, nats", ylabel="minus PPO on RM₀ (95 %)")

@@ -41,18 +41,19 @@ def reward_model(world, arm: str, r: int) -> Path:
 
 def figures(world, arm: str, r: int) -> dict[str, float]:
     """All figures of an arm's round r."""
-    made, row = policy(world, arm, r), {}
-    rivals = {"SFT": world.sft, "DPO": policy(world, "dpo", 1), "PPO": policy(world, "ppo:rm0", r)}
 
-    def answers(path, prompts="test"):
-        return measure.answers(path, world.prompts(prompts), world.seed + 1)
+    def answers(policy, prompts="test"):
+        return measure.answers(policy, world.prompts(prompts), world.seed + 1)
 
-    own, sft = answers(made), answers(world.sft)
+    def valid(policy):
+        return measure.in_sd(answers(policy, "valid")[2], answers(world.sft, "valid")[2]).mean()
+
+    made, vanilla = policy(world, arm, r), [policy(world, "ppo:rm0", i + 1) for i in range(ROUNDS)]
+    rivals = {"SFT": world.sft, "DPO": policy(world, "dpo", 1), "PPO": vanilla[r - 1]}
+    rivals |= {"PPO's best": max(vanilla, key=valid)}
     theirs = {name: answers(path) for name, path in rivals.items() if path != made}
-    row = measure.of_policy(made, world.sft, own, sft, theirs)
-    row |= {
-        "valid": measure.in_sd(answers(made, "valid")[2], answers(world.sft, "valid")[2]).mean()
-    }
+    own, sft = answers(made), answers(world.sft)
+    row = measure.of_policy(made, world.sft, own, sft, theirs) | {"valid": valid(made)}
     if arm != "dpo":
         row |= measure.of_rollouts(made, sft[2])
         model = rm.load_reward_model(str(reward_model(world, arm, r)))

@@ -70,7 +70,8 @@ def read_arm(arm: str) -> tuple[str, float]:
     """("first", 3.0) of "first@3". Raises: Mistake on an arm that there is not."""
     kind, _, knob = arm.removeprefix("ppo:").partition("@")
     without_knob, of_policies = kind in ("rm0", "plain", "gold", "dpo"), arm.startswith("ppo:")
-    if kind not in SECONDS or without_knob != (not knob) or of_policies != (arm in POLICIES[1:]):
+    unknown = kind not in SECONDS or kind == "adapted" and not of_policies
+    if unknown or without_knob != (not knob) or of_policies != (arm in POLICIES[1:]):
         raise data.Mistake(f"--arms {arm}: there are {', '.join(PRIMARY + POLICIES + SECONDARY)}")
     return kind, float(knob or 0)
 
@@ -154,13 +155,13 @@ class World:
         if kind in CLIMBS:
             knob *= self.chosen["eta"]
         out = self.home / f"{arm.replace('stale', 'first')}-{policy.name}-{head}"
-        if kind == "plain":
-            out = self.home / f"plain-{head}"
+        if kind in ("plain", "random"):  # neither sees S
+            out = self.home / f"{arm}-{head}"
         if kind == "gold":  # the ceiling: D, and gold labels on S
             rows = data.read_preferences(self.D / "train.jsonl") + gold_pairs(self.S(policy))
             data.write_jsonl(Path(f"{out}.jsonl"), rows)
             options += ["--data", f"{out}.jsonl"]
-        source = policy if kind in ("plain", "ocrm") else self.S(policy)
+        source = policy if kind in ("plain", "random", "ocrm") else self.S(policy)
         return reward_model(kind, out / "rm", options, 1000 * (head + 1) + self.seed, knob, source)
 
     def measure(self, arm: str, folder: Path) -> dict[str, float]:
@@ -235,7 +236,7 @@ def study(args) -> None:
                 kinds = [read_arm(arm)[0] for _, _, arm, _ in missing(args, task, seed, some)]
                 if kinds:
                     jobs.append((args, task, seed, some))
-                    seconds += sum(map(SECONDS.get, kinds)) + SECONDS["world"] * ("rm0" in kinds)
+                    seconds += sum(map(SECONDS.get, kinds)) + SECONDS["world"] * ("rm0" in some)
     print(f"study.py: {len(jobs)} jobs, {seconds / 3600 / args.workers:.1f} hours")
     if not args.tables:
         run(args.workers, jobs)
