@@ -65,12 +65,14 @@ def of_reward_model(model: tuple, sets: dict[str, tuple], D: dict[str, tuple]) -
     reward; J, margin and variance of the reward difference in SDs (_sd). Of "sft" and "shifted" the
     last three raw, too, because by scale alone they can rise; and accuracy by each rule of gold
     alone, on the pairs where its points differ. D: pairs held out, and the weights in Eq. 4,
-    1 - sigma(margin), of pairs trained on, right and flipped by gold.
+    1 - sigma(margin), of pairs trained on, right and flipped by gold; {} if they are not asked for.
     """
-    margins, truth = (x @ [1, -1] for x in (rewards_on(model, D["valid"]), D["valid"][2]))
-    right = 100 * measures.agreement(margins, truth)[truth != 0].mean()
-    row = {"D.noisy": 100 * measures.agreement(margins, 1).mean(), "D.gold": right}
-    row |= of_weights(*(x @ [1, -1] for x in (rewards_on(model, D["train"]), D["train"][2])))
+    row = {}
+    if D:
+        margins, truth = (x @ [1, -1] for x in (rewards_on(model, D["valid"]), D["valid"][2]))
+        right = 100 * measures.agreement(margins, truth)[truth != 0].mean()
+        row = {"D.noisy": 100 * measures.agreement(margins, 1).mean(), "D.gold": right}
+        row |= of_weights(*(x @ [1, -1] for x in (rewards_on(model, D["train"]), D["train"][2])))
     on_sft, gold_on_sft = rewards_on(model, sets["sft"]), sets["sft"][2]
     scaled, unit = (in_sd(on_sft, on_sft), in_sd(gold_on_sft, gold_on_sft)), on_sft.std() or 1.0
     for name, some in sets.items():
@@ -96,17 +98,16 @@ def of_policy(policy: Path, reference: Path, own: tuple, sft: tuple, rivals: dic
     kl: nats from the reference. win.X, lose.X: % of answers; a gold gap below TIE is neither.
     """
     loaded, (ref_policy, _) = ppo.load_policy(str(policy)), ppo.load_policy(str(reference))
-    row = {"kl": measures.kl_to(*loaded, ref_policy, *own[:2])}
-    row |= {"gold": in_sd(own[2], sft[2]).mean(), "bleu": measures.self_bleu(own[1])}
+    row, gold = {"kl": measures.kl_to(*loaded, ref_policy, *own[:2])}, in_sd(own[2], sft[2])
+    row |= {"gold": gold.mean(), "bleu": measures.self_bleu(own[1])}
     for name, theirs in rivals.items():
-        gold = in_sd(own[2], sft[2]), in_sd(theirs[2], sft[2])
-        sides = measures.win_tie_lose(*gold, TIE)
+        sides = measures.win_tie_lose(gold, in_sd(theirs[2], sft[2]), TIE)
         row |= {f"{side}.{name}": sides[side] for side in ("win", "lose")}
     return row
 
 
-def of_rollouts(policy: Path, gold_on_sft: np.ndarray, parts: int = 3) -> dict[str, float]:
-    """Gold over KL during PPO, each a mean over a third of the steps."""
+def of_rollouts(policy: Path, gold_on_sft: np.ndarray, parts: int) -> dict[str, float]:
+    """Gold over KL during PPO, in so many points: each a mean over its share of the steps."""
     row = {}
     for i, some in enumerate(np.array_split(data.read_jsonl(policy / "rollouts.jsonl"), parts)):
         gold = [answer_set(step["prompts"], step["responses"])[2].mean() for step in some]

@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from policies import POLICIES, ROUNDS
+from policies import PARTS, POLICIES, ROUNDS
 from scipy import stats
 from summary import table as read_table
 
@@ -119,13 +119,15 @@ class Table:
             rounds = [self.get(arm, f"valid.{r}") for r in range(1, last + 1)]
             for seed in set.intersection(*map(set, rounds)):
                 best = 1 + int(np.argmax([gold[seed] for gold in rounds]))
-                for name in (what[:-2] for what in metrics if what.endswith(f".{best}")):
-                    value = self.get(arm, f"{name}.{best}").get(seed, math.nan)
-                    self.found.setdefault((arm, f"{name}.best"), {})[seed, 0] = value
+                for what in metrics:
+                    worlds = self.get(arm, what)
+                    if what.endswith(f".{best}") and seed in worlds:
+                        name = arm, f"{what[:-2]}.best"
+                        self.found.setdefault(name, {})[seed, 0] = worlds[seed]
 
     def path(self, arm: str) -> dict[int, tuple]:
         """{seed: (KL, gold) along an arm's way from SFT}; KL never falls."""
-        steps = [f"{i}.{r}" for r in range(1, ROUNDS + 1) for i in range(3)]
+        steps = [f"{i}.{r}" for r in range(1, ROUNDS + 1) for i in range(PARTS)]
         kl, gold = ([self.get(arm, f"path_{x}{step}") for step in steps] for x in ("kl", "gold"))
         seeds = set.intersection(*map(set, kl + gold))
         far = {seed: np.maximum.accumulate([0.0, *(x[seed] for x in kl)]) for seed in seeds}
@@ -232,8 +234,8 @@ SFT: 69 28 3 / 73 23 4 / 78 5 17
 PPO's best: 54 31 15 / 65 30 5 / 62 7 31
 DPO: 49 16 35 / 58 35 7 / 59 6 35
 """)
-# heading: rival, our round. A rival has our round, or (its best) the one with the most gold on
-# validation prompts.
+# heading: the rival, and the round of ours that meets it. "best": the one with the most gold on
+# validation prompts. "PPO" is vanilla PPO after as many rounds, "PPO's best" after its best one.
 RIVALS = {
     "SFT, round 3": ("SFT", "3"),
     "SFT, best round": ("SFT", "best"),

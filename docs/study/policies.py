@@ -14,7 +14,7 @@ from arms import stage
 import ppo
 import rm
 
-ROUNDS = 3
+ROUNDS, PARTS = 3, 3  # of an arm; in each round, the points of gold over KL
 POLICIES = """dpo ppo:rm0 ppo:plain ppo:first@1 ppo:gold ppo:random@1 ppo:ocrm@0.01 ppo:adapted@1
 ppo:first@3""".split()
 
@@ -55,8 +55,8 @@ def figures(world, arm: str, r: int) -> dict[str, float]:
     own, sft = answers(made), answers(world.sft)
     row = measure.of_policy(made, world.sft, own, sft, theirs) | {"valid": valid(made)}
     if arm != "dpo":
-        row |= measure.of_rollouts(made, sft[2])
+        row |= measure.of_rollouts(made, sft[2], PARTS)
         model = rm.load_reward_model(str(reward_model(world, arm, r)))
-        found = measure.of_reward_model(model, {"sft": sft, "own": own}, world.pairs)
+        found = measure.of_reward_model(model, {"sft": sft, "own": own}, {})
         row |= {name: found[f"own.{name}"] for name in ("reward", "matched", "matched_sft")}
     return {f"{name}.{r}": float(value) for name, value in row.items()}

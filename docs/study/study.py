@@ -1,4 +1,4 @@
-"""The evidence: does MetaRM tell new responses apart? Reward models against a frozen policy.
+"""The evidence: does MetaRM tell new responses apart, and are the policies better?
 
     python docs/study/study.py            all cells that study.csv does not have, then the tables
     python docs/study/study.py --tables   runs nothing
@@ -69,9 +69,8 @@ def toy_flags(small: bool, chosen: dict) -> dict[str, list[str]]:
 def read_arm(arm: str) -> tuple[str, float]:
     """("first", 3.0) of "first@3". Raises: Mistake on an arm that there is not."""
     kind, _, knob = arm.removeprefix("ppo:").partition("@")
-    without_knob, of_policies = kind in ("rm0", "plain", "gold", "dpo"), arm.startswith("ppo:")
-    unknown = kind not in SECONDS or kind == "adapted" and not of_policies
-    if unknown or without_knob != (not knob) or of_policies != (arm in POLICIES[1:]):
+    is_kind = kind in SECONDS.keys() - {"world", "adapted", "dpo"} and arm.startswith(kind)
+    if arm not in POLICIES and not (is_kind and (kind in ("rm0", "plain", "gold")) != bool(knob)):
         raise data.Mistake(f"--arms {arm}: there are {', '.join(PRIMARY + POLICIES + SECONDARY)}")
     return kind, float(knob or 0)
 
@@ -92,7 +91,8 @@ class World:
         # Vanilla PPO against RM₀, round after round; the last policy is frozen.
         self.chain = [self.sft]
         for r in range(1, chosen["rounds"] + 1):
-            self.chain.append(self.improve(f"ppo-{r}", self.chain[-1], self.rm0, f"{seed}{r}"))
+            out = f"ppo:rm0-{chosen['kl_coef']}-{r}"  # policies.py's vanilla PPO, at its weight
+            self.chain.append(self.improve(out, self.chain[-1], self.rm0, f"{seed}{r}"))
         # What all reward models are measured on.
         policies = {"sft": self.sft, "shifted": self.chain[-1], "gold": self.gold_policy()}
         policies |= {f"ppo{r}": policy for r, policy in enumerate(self.chain[1:], 1)}
@@ -157,7 +157,7 @@ class World:
         out = self.home / f"{arm.replace('stale', 'first')}-{policy.name}-{head}"
         if kind in ("plain", "random"):  # neither sees S
             out = self.home / f"{arm}-{head}"
-        if kind == "gold":  # the ceiling: D, and gold labels on S
+        if kind == "gold" and not (out / "rm").exists():  # the ceiling: D, and gold labels on S
             rows = data.read_preferences(self.D / "train.jsonl") + gold_pairs(self.S(policy))
             data.write_jsonl(Path(f"{out}.jsonl"), rows)
             options += ["--data", f"{out}.jsonl"]
@@ -188,18 +188,18 @@ class World:
         return row | {f"adapted.{name}": x for name, x in there.items() if ".rule." not in name}
 
 
+def heads_of(args, arm: str) -> range:
+    """The heads of an arm. A policy has rounds in their place: 1, 2, 3."""
+    if arm in POLICIES:
+        return range(1, 2 if arm == "dpo" else ROUNDS + 1)
+    return range(1 if arm == "rm0" else args.heads if arm in PRIMARY else args.more)
+
+
 def missing(args, task: str, seed: int, arms: list[str]) -> list[tuple]:
     """The cells of some arms that study.csv does not have, head after head."""
-    known, cells = page.cells(args.out), []
-    for head in range(max(args.heads, args.more, ROUNDS + 1)):
-        for arm in arms:
-            heads = 1 if arm == "rm0" else args.heads if arm in PRIMARY else args.more
-            there = head < heads
-            if arm in POLICIES:  # whose rounds stand in the place of heads
-                there = head == 1 or arm != "dpo" and 0 < head <= ROUNDS
-            if there and (task, seed, arm, head) not in known:
-                cells.append((task, seed, arm, head))
-    return cells
+    known = page.cells(args.out)
+    cells = [(task, seed, arm, head) for arm in arms for head in heads_of(args, arm)]
+    return sorted((cell for cell in cells if cell not in known), key=lambda cell: cell[3])
 
 
 def run_world(args, task: str, seed: int, arms: list[str]) -> None:
@@ -224,13 +224,13 @@ def study(args) -> None:
     """Runs what study.csv does not have, each world in a process of its own; prints the tables."""
     chosen, jobs, seconds = page.read_settings(args.out).get("chosen", {}), [], 0
     arms = args.arms.split(",") if args.arms else PRIMARY + POLICIES + SECONDARY
-    groups = {arm: rank for rank, part in enumerate((PRIMARY, POLICIES)) for arm in part}
-    for rank in range(3):  # the primary arms of all worlds come first, then the policies
-        some = [arm for arm in arms if groups.get(arm, 2) == rank]
+    rest = [arm for arm in arms if arm not in PRIMARY + POLICIES]
+    for part in (PRIMARY, POLICIES, rest):  # the primary arms of all worlds come first
+        some = [arm for arm in arms if arm in part]
         for task in args.tasks.split(","):
             if task not in chosen:
                 raise data.Mistake(f"--tasks {task}: {args.out}/settings.json has only {chosen}")
-            if rank == 1 and "policy_kl" not in chosen[task]:
+            if part is POLICIES and "policy_kl" not in chosen[task]:
                 continue  # reward models only
             for seed in map(int, args.seeds.split(",")):
                 kinds = [read_arm(arm)[0] for _, _, arm, _ in missing(args, task, seed, some)]
