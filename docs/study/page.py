@@ -202,12 +202,14 @@ EFFECTS = read_table("""
 right on shifted samples, %: shifted.matched / 1
 gap there, SD: shifted.margin_sd / 2
 rank correlation there: shifted.rho / 3
-J there: shifted.J / 3
+right on OOD prompts: ood.matched / 1
+on held-out D: D.noisy / 1
+""")
+FURTHER = read_table("""
+J on shifted samples: shifted.J / 3
 J on SFT samples: sft.J / 3
 right on SFT samples: sft.matched / 1
 on the gold policy's: gold.matched / 1
-OOD: ood.matched / 1
-on held-out D: D.noisy / 1
 """)
 CLIMBS = read_table("""
 J's rise: climb.J / 3
@@ -237,11 +239,9 @@ DPO: 49 16 35 / 58 35 7 / 59 6 35
 # heading: the rival, and the round of ours that meets it. "best": the one with the most gold on
 # validation prompts. "PPO" is vanilla PPO after as many rounds, "PPO's best" after its best one.
 RIVALS = {
-    "SFT, round 3": ("SFT", "3"),
     "SFT, best round": ("SFT", "best"),
     "PPO on RM₀, round 3": ("PPO", "3"),
     "best round against its best": ("PPO's best", "best"),
-    "DPO, round 3": ("DPO", "3"),
     "DPO, best round": ("DPO", "best"),
 }
 RULES = [("plain", "sft"), *((x, "shifted") for x in ("rm0", "plain", "first@1", "gold"))]
@@ -353,8 +353,9 @@ def tables(folder: Path) -> str:
         policies = {name: ("rm0", name) for name in ("sft", *chain, "gold", "ood")}
         parts += [f"## {task.capitalize()}\n", verdicts(table, CONTRASTS, PRIMARY, MARGIN)]
         parts.append(grid("RM₀ on samples of", STALENESS, policies, table.on))
-        parts.append(grid("", EFFECTS, plain, table.get))
-        parts.append(grid("minus the plain RM", EFFECTS, arms, table.gain))
+        for columns in (EFFECTS, FURTHER):
+            parts.append(grid("", columns, plain, table.get))
+            parts.append(grid("minus the plain RM", columns, arms, table.gain))
         parts.append(grid("climbs", CLIMBS, plain | arms, table.get))
         rows = {}
         for rule in sorted({what.split(".")[2] for what in metrics if ".rule." in what}):
