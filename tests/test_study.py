@@ -26,6 +26,7 @@ import study
 import summary
 
 STUDY = Path(study.__file__).parent
+FIRST, STALE, ADAPTED = page.FIRST, page.STALE, f"ppo:adapted@{page.CLIMB}"
 NOTE = "\n\nHuman: Sum up this note: Anna went round on a rainy day. The pump in hall one leaks "
 NOTE += "oil. It has to run by Monday.\n\nAssistant:"
 SHOP = "\n\nHuman: My lamp came broken.\n\nAssistant:"
@@ -59,16 +60,16 @@ def test_the_smallest_effect_is_seen_eight_times_of_ten():
 
 def test_arms_are_compared_head_by_head_and_then_by_world():
     rows = [("d", 7, "plain", head, "m", x) for head, x in enumerate([1.0, 5.0, 3.0])]
-    rows += [("d", 7, "first@1", 1, "m", 6.0), ("d", 7, "first@1", 2, "m", 5.0)]
-    rows += [("d", 8, "first@1", 0, "m", 2.0), ("other", 7, "plain", 1, "m", 99.0)]
+    rows += [("d", 7, FIRST, 1, "m", 6.0), ("d", 7, FIRST, 2, "m", 5.0)]
+    rows += [("d", 8, FIRST, 0, "m", 2.0), ("other", 7, "plain", 1, "m", 99.0)]
     table = page.Table(rows, "d")
-    assert table.gain("first@1", "m") == {7: pytest.approx((1 + 2) / 2)}  # head 0 has no partner
+    assert table.gain(FIRST, "m") == {7: pytest.approx((1 + 2) / 2)}  # head 0 has no partner
     assert table.gain(page.RESEEDED, "m") == {7: pytest.approx((4 + 2) / 2)}
-    assert table.get("plain", "m") == {7: 3.0} and table.get("first@1", "m") == {7: 5.5, 8: 2.0}
+    assert table.get("plain", "m") == {7: 3.0} and table.get(FIRST, "m") == {7: 5.5, 8: 2.0}
 
 
 def test_policies_are_compared_on_the_way_to_one_kl_and_at_their_best_round():
-    ways = {"ppo:rm0": (1, 2, 3), "ppo:plain": (4, 4, 4), "ppo:first@1": (2, 4, 3)}
+    ways = {"ppo:rm0": (1, 2, 3), "ppo:plain": (4, 4, 4), f"ppo:{FIRST}": (2, 4, 3)}
     rows = []
     for arm, kl in ways.items():  # three points a round: KL of the round's number, and gold 2 KL
         for r in (1, 2, 3):
@@ -80,11 +81,11 @@ def test_policies_are_compared_on_the_way_to_one_kl_and_at_their_best_round():
     assert table.policies == list(ways) and table.arms() == [page.RESEEDED]
     # All reach 3 nats. Gold rises in straight lines to 6 and to 9: half that on average.
     assert table.get("ppo:rm0", "gold.path") == {7: pytest.approx(3.0)}
-    assert table.gain("ppo:first@1", "gold.path", "ppo:rm0") == {7: pytest.approx(1.5)}
+    assert table.gain(f"ppo:{FIRST}", "gold.path", "ppo:rm0") == {7: pytest.approx(1.5)}
     assert table.get("ppo:rm0", "gold.best") == {7: 3} and table.get(
-        "ppo:first@1", "gold.best"
+        f"ppo:{FIRST}", "gold.best"
     ) == {7: 2}
-    assert list(table.path("ppo:first@1")[7][0]) == [0, 2, 2, 2, 4, 4, 4, 4, 4, 4]  # never falls
+    assert list(table.path(f"ppo:{FIRST}")[7][0]) == [0, 2, 2, 2, 4, 4, 4, 4, 4, 4]  # never falls
 
 
 def test_each_chain_of_policies_has_its_own_S_and_the_same_heads():
@@ -100,9 +101,9 @@ def test_each_chain_of_policies_has_its_own_S_and_the_same_heads():
         def improve(self, out, last, model, seed, *flags):
             return Path(f"{out}") if flags == ("--kl_coef", 0.01) and seed[0] == "9" else None
 
-    assert policies.policy(World(), "ppo:adapted@1", 2).name == "ppo:adapted@1-0.01-2"
-    assert set(asked) == {("first@1", 0, "sft"), ("first@1", 1, "ppo:adapted@1-0.01-1")}
-    assert policies.reward_model(World(), "ppo:adapted@1", 1).name == "adapted"
+    assert policies.policy(World(), ADAPTED, 2).name == f"{ADAPTED}-0.01-2"
+    assert set(asked) == {(FIRST, 0, "sft"), (FIRST, 1, f"{ADAPTED}-0.01-1")}
+    assert policies.reward_model(World(), ADAPTED, 1).name == "adapted"
     assert policies.reward_model(World(), "ppo:plain", 3).parent.name == "plain-ppo:plain-0.01-2-2"
 
 
@@ -141,7 +142,7 @@ def test_the_world_of_notes():
 
 
 def test_arms_and_flags():
-    assert study.read_arm("first@0.3") == ("first", 0.3) and study.read_arm("gold") == ("gold", 0)
+    assert study.read_arm("first@0.02") == ("first", 0.02) and study.read_arm("gold") == ("gold", 0)
     kinds = {study.read_arm(arm)[0] for arm in study.PRIMARY + study.POLICIES + study.SECONDARY}
     assert (
         kinds == study.SECONDS.keys() - {"world"} == page.NAMES.keys() - {page.RESEEDED} | {"rm0"}
@@ -152,7 +153,7 @@ def test_arms_and_flags():
 
 
 @pytest.mark.parametrize(
-    "option", ["--tasks=poem", "--arms=plain,magic@1", "--arms=first", "--arms=adapted@1"]
+    "option", ["--tasks=poem", "--arms=plain,magic@1", "--arms=first", "--arms=adapted@0.1"]
 )
 def test_mistakes_are_one_line(capsys, tmp_path, option):
     (tmp_path / "settings.json").write_text('{"chosen": {"dialogue": {}}}')
@@ -196,6 +197,38 @@ def test_a_random_climb_has_length_eta(training, monkeypatch):
     torch.nn.utils.vector_to_parameters(there, t.model.parameters())
     expected = rm.preference_loss(*t.rewards(t.D).unbind(1))
     assert torch.allclose(moved, t.gradient(expected), atol=1e-5)
+
+
+def test_J_of_unit_does_not_rise_when_all_rewards_are_multiplied(training, tmp_path):
+    rewards = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    J = arms.unit_difference(rewards)
+    assert J.item() == pytest.approx(metarm.difference_loss(rewards / rewards.std()).item())
+    assert arms.unit_difference(3 * rewards).item() == pytest.approx(J.item(), abs=1e-6)
+    options = ["--model", training.policy_folder, "--data", training.D_file, "--lr", "1e-3"]
+    found = []
+    for kind in ("first", "unit"):  # the same training with another J; then the original is back
+        out = arms.reward_model(kind, tmp_path / kind, options, 3, 0.5, training.S_file)
+        found.append(data.read_jsonl(out / "log.jsonl")[0]["difference"])
+    assert found[0] != found[1] and metarm.difference_loss is arms.unit_difference.__defaults__[0]
+
+
+def test_a_climb_along_the_head_multiplies_rewards(training):
+    rm_of = rm.load_reward_model
+    (model, tokenizer), (there, _) = (
+        rm_of(training.policy_folder, 3),
+        rm_of(training.policy_folder, 3),
+    )
+    there.score.weight.data *= 1.5
+    texts = [[" Sorry now.", " Thank you."], [" We guarantee it.", " Sorry."]]
+    answers = measure.answer_set([SHOP, SHOP], texts)
+    look = {"cosine": -1.0, "rise": 0.02, "predicted_rise": 0.01, "loss_change": -0.1}
+    log = [look, look | {"rise": 0.01}, {"step": 3}]
+    found = measure.of_climb((model, tokenizer), (there, tokenizer), log, answers)
+    assert found["climb.head"] == pytest.approx(100) == found["climb.multiplied"]
+    assert (found["climb.holds"], found["climb.ratio"]) == (50, pytest.approx(1.5))
+    there.score.weight.data = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    other = measure.of_climb((model, tokenizer), (there, tokenizer), log, answers)
+    assert other["climb.head"] < 99 and other["climb.multiplied"] < 99
 
 
 def test_scale_multiplies_rewards_until_J_has_risen_as_by_a_climb(training):
@@ -252,7 +285,7 @@ def test_without_its_knob_an_arm_is_plain_training(training, tmp_path, kind):
 
 def test_gold_in_the_rms_place_and_in_pairs(tmp_path):
     original = rm.score
-    with pytest.raises(ZeroDivisionError), arms.replaced("score", arms.gold_score):
+    with pytest.raises(ZeroDivisionError), arms.replaced(rm, "score", arms.gold_score):
         assert rm.score(None, None, [NOTE], [""]).item() == data.gold_reward(NOTE, "")
         raise ZeroDivisionError
     assert rm.score is original
@@ -263,7 +296,7 @@ def test_gold_in_the_rms_place_and_in_pairs(tmp_path):
 
 
 def test_a_killed_study_goes_on_where_it_stopped(monkeypatch, tmp_path):
-    trained, fatal = [], [("stale@1", 0)]
+    trained, fatal = [], [(STALE, 0)]
 
     class World:
         def __init__(self, *_):
@@ -284,15 +317,15 @@ def test_a_killed_study_goes_on_where_it_stopped(monkeypatch, tmp_path):
     job = args, "dialogue", 5, study.PRIMARY
     with pytest.raises(KeyboardInterrupt):
         study.run_world(*job)
-    assert trained == [("rm0", 0), ("plain", 0), ("first@1", 0)]
+    assert trained == [("rm0", 0), ("plain", 0), (FIRST, 0)]
     fatal.clear()
     study.run_world(*job)
-    assert trained[3:] == [("stale@1", 0), ("plain", 1), ("first@1", 1), ("stale@1", 1)]
+    assert trained[3:] == [(STALE, 0), ("plain", 1), (FIRST, 1), (STALE, 1)]
     assert study.missing(*job) == [] and len(page.read_rows(tmp_path)) == 14  # NaN stays out
     assert study.missing(args, "dialogue", 5, ["gold"]) == [("dialogue", 5, "gold", 0)]
-    assert page.read_rows(tmp_path)[-2] == ("dialogue", 5, "stale@1", 1, "shifted.matched", 61.0)
+    assert page.read_rows(tmp_path)[-2] == ("dialogue", 5, STALE, 1, "shifted.matched", 61.0)
     told = page.tables(tmp_path)
-    assert "| 0.00 | nan | 1 |" in told and "60.5" in told
+    assert "| 0.00 | nan | 1 |" in told and "60.5" in told and "points in 1 worlds" in told
     page.pictures(tmp_path, tmp_path)
     assert len(list(tmp_path.glob("dialogue-*.png"))) == 2
 
@@ -303,7 +336,7 @@ def test_the_tables_of_both_pages_are_those_of_study_csv():
         blocks = re.findall(
             r"<!-- from study.csv -->(.*?)<!-- end -->", path.read_text(), re.DOTALL
         )
-        rows = [line for line in "".join(blocks).splitlines() if line.startswith("|")]
+        rows = [line for line in "".join(blocks).splitlines() if line.strip()]
         assert len(rows) > 4 and not [row for row in rows if row not in told]
 
 

@@ -7,6 +7,8 @@ All of one seed start from the same head and see D in the same order. They diffe
     stale     the same, S of the SFT policy                                   metarm.py
     exact     MetaRM, exact order, climb eta                                  metarm.py
     literal   MetaRM, first order, climb eta * grad J, not normalised         metarm.py
+    unit      first, with J of rewards divided by their SD: multiplying all   below, metarm.py
+              rewards does not raise it
     random    a climb of length eta in a random direction                     below
     scale     no climb: rewards are multiplied until J is as after a climb    below
     joint     no climb: L - lam * J                                           below
@@ -30,6 +32,8 @@ import metarm
 import ppo
 import rm
 
+CLIMB = "0.06"  # MetaRM's length of the climb: settings.json has what was tried on tuning worlds
+
 
 def stage(out: Path, main, *argv) -> Path:
     """Returns the folder `out`, which one of the commands makes unless it is there."""
@@ -41,14 +45,14 @@ def stage(out: Path, main, *argv) -> Path:
 
 
 @contextlib.contextmanager
-def replaced(name: str, function):
-    """Inside, rm.py has another function of this name."""
-    original = getattr(rm, name)
-    setattr(rm, name, function)
+def replaced(module, name: str, function):
+    """Inside, the module has another function of this name."""
+    original = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        setattr(rm, name, original)
+        setattr(module, name, original)
 
 
 def gold_score(model, tokenizer, prompts, responses, batch_size=64) -> torch.Tensor:
@@ -84,7 +88,7 @@ def reward_model(kind: str, out: Path, options: list, seed: int, knob=0.0, sourc
             return gradient_step(model, LOSSES[kind](model, tokenizer, args, knob, source), args)
 
         options += ["--checkpoint_minutes", 1e6]  # the noise and S's order would not be kept
-        with replaced("gradient_step", other_step):
+        with replaced(rm, "gradient_step", other_step):
             return stage(out, rm.main, *options)
     adapted = out.with_name("adapted")
     if not out.exists():  # else of a run that was killed between the two
@@ -92,7 +96,14 @@ def reward_model(kind: str, out: Path, options: list, seed: int, knob=0.0, sourc
     options += ["--meta", source, "--eta", knob, "--save_adapted", adapted]
     options += ["--order", "exact" if kind == "exact" else "first"]
     options += ["--no-normalize" if kind == "literal" else "--normalize"]
-    return stage(out, metarm.main, *options)
+    J = unit_difference if kind == "unit" else metarm.difference_loss
+    with replaced(metarm, "difference_loss", J):
+        return stage(out, metarm.main, *options)
+
+
+def unit_difference(rewards, J=metarm.difference_loss) -> torch.Tensor:
+    """J of a batch's rewards (m, k) divided by their SD."""
+    return J(rewards / rewards.std())
 
 
 def batches_of_S(model, tokenizer, S, seed: int):

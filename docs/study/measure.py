@@ -1,8 +1,8 @@
 """What is measured of a reward model and of a policy: {metric: number}, with eval.py's measures.
 
-An answer set is (prompts, m groups of k responses, gold (m, k), {rule of gold: points (m, k)}). SD:
-rewards and gold are counted in SDs of the same judge's rewards on SFT samples, above their mean
-there, because Eq. 1 fixes neither scale nor offset of a reward model.
+An answer set is (prompts, m groups of k responses, gold (m, k)). SD: rewards and gold are counted
+in SDs of the same judge's rewards on SFT samples, above their mean there, because Eq. 1 fixes
+neither scale nor offset of a reward model.
 """
 
 from pathlib import Path
@@ -18,9 +18,7 @@ TIE = 0.25  # a smaller gold gap is a tie, in SDs of gold
 
 
 def answer_set(prompts: list[str], groups: list[list[str]]) -> tuple:
-    parts = [[data.gold_parts(x, y) for y in ys] for x, ys in zip(prompts, groups, strict=True)]
-    points = {rule: np.array([[y[rule] for y in ys] for ys in parts]) for rule in parts[0][0]}
-    return prompts, groups, sum(points.values()).round(6), points
+    return prompts, groups, measures.scored(None, prompts, groups)
 
 
 def answers(policy: Path, prompts: Path, seed: int) -> tuple:
@@ -57,22 +55,19 @@ def final_kl(policy: Path) -> float:
     return float(np.mean([row.get("objective/kl", 0.0) for row in log[-5:]]))
 
 
-def of_reward_model(model: tuple, sets: dict[str, tuple], D: dict[str, tuple]) -> dict[str, float]:
+def of_reward_model(model: tuple, sets: dict[str, tuple], D: tuple | None) -> dict[str, float]:
     """What an RM is worth on answer sets by name, one of which is "sft", and on pairs of D.
 
     Of each set: accuracy in % with ties of gold left out, raw (acc) and at the same gold gap as on
     SFT samples (matched; matched_sft is SFT's own, over the same bins); rank correlation; mean
     reward; J, margin and variance of the reward difference in SDs (_sd). Of "sft" and "shifted" the
-    last three raw, too, because by scale alone they can rise; and accuracy by each rule of gold
-    alone, on the pairs where its points differ. D: pairs held out, and the weights in Eq. 4,
-    1 - sigma(margin), of pairs trained on, right and flipped by gold; {} if they are not asked for.
+    last three raw, too, because by scale alone they can rise. D: pairs held out; None: not asked.
     """
     row = {}
     if D:
-        margins, truth = (x @ [1, -1] for x in (rewards_on(model, D["valid"]), D["valid"][2]))
+        margins, truth = (x @ [1, -1] for x in (rewards_on(model, D), D[2]))
         right = 100 * measures.agreement(margins, truth)[truth != 0].mean()
         row = {"D.noisy": 100 * measures.agreement(margins, 1).mean(), "D.gold": right}
-        row |= of_weights(*(x @ [1, -1] for x in (rewards_on(model, D["train"]), D["train"][2])))
     on_sft, gold_on_sft = rewards_on(model, sets["sft"]), sets["sft"][2]
     scaled, unit = (in_sd(on_sft, on_sft), in_sd(gold_on_sft, gold_on_sft)), on_sft.std() or 1.0
     for name, some in sets.items():
@@ -85,9 +80,6 @@ def of_reward_model(model: tuple, sets: dict[str, tuple], D: dict[str, tuple]) -
         found |= {f"{key}_sd": value for key, value in measures.spread(x, unit).items()}
         if name in ("sft", "shifted"):
             found |= measures.spread(x)
-            for rule, points in some[3].items():
-                share, pairs = measures.pair_accuracy(x, points)
-                found |= {f"rule.{rule}": 100 * share} if pairs >= 100 else {}
         row |= {f"{name}.{key}": value for key, value in found.items()}
     return row
 
@@ -116,27 +108,26 @@ def of_rollouts(policy: Path, gold_on_sft: np.ndarray, parts: int) -> dict[str, 
     return row
 
 
-def of_weights(margins: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Mean weights in Eq. 4 of pairs by their margins, of right and of flipped labels by truth."""
-    weights = 1 / (1 + np.exp(margins))
-    right, flipped = weights[truth > 0].mean(), weights[truth < 0].mean()
-    return {"weight.right": right, "weight.flipped": flipped, "weight.ratio": flipped / right}
-
-
 @torch.no_grad()
-def of_climb(model: tuple, adapted: tuple, log: list[dict]) -> dict[str, float]:
-    """What one climb does to J, to L and to the weights, from the log of MetaRM's RM and its θ'.
+def of_climb(model: tuple, adapted: tuple, log: list[dict], answers: tuple) -> dict[str, float]:
+    """What one climb does, from the looks in the log of MetaRM's RM, and from its θ'.
 
-    moved: % of weights that the climb changes in float32; moved_bf16: if they were kept in bf16.
+    J, L: their change. ratio: J's rise over the predicted one (Eq. 8); holds: % of looks where it
+    is in 0.7 to 1.3. cosine: of grad L and grad J. multiplied: % of the change of these answers'
+    rewards (squares within a prompt) that one factor for all rewards makes. head: % of the squared
+    length of the climb that lies along the reward head, which multiplies all rewards, too.
     """
     looks = [row for row in log if "cosine" in row]
-    of = {"J": [row["difference_adapted"] - row["difference"] for row in looks]}
-    of |= {"L": [row["vanilla_loss_adapted"] - row["vanilla_loss"] for row in looks]}
-    of |= {"cosine": [row["cosine"] for row in looks]}
-    theta, there = (
-        torch.nn.utils.parameters_to_vector(m.parameters()) for m, _ in (model, adapted)
-    )
-    kept = theta.bfloat16()
-    of |= {"moved": 100 * (there != theta).numpy()}
-    of |= {"moved_bf16": 100 * ((kept + (there - theta)).bfloat16() != kept).numpy()}
+    ratio = np.array([row["rise"] / (row["predicted_rise"] or np.nan) for row in looks])
+    of = {"J": [row["rise"] for row in looks], "L": [row["loss_change"] for row in looks]}
+    of |= {"cosine": [row["cosine"] for row in looks], "ratio": ratio}
+    of |= {"holds": 100 * (abs(ratio - 1) <= 0.3)}
+    before, after = rewards_on(model, answers), rewards_on(adapted, answers)
+    before, change = (x - x.mean(axis=1, keepdims=True) for x in (before, after - before))
+    of["multiplied"] = 100 * (before * change).sum() ** 2 / ((before**2).sum() * (change**2).sum())
+    theta, there = (dict(m.named_parameters()) for m, _ in (model, adapted))
+    step = {name: (there[name] - p).double() for name, p in theta.items()}
+    head = theta["score.weight"].double()
+    along = (step["score.weight"] * head).sum() ** 2 / (head**2).sum()
+    of["head"] = 100 * float(along / sum((x**2).sum() for x in step.values()))
     return {f"climb.{name}": float(np.mean(values)) for name, values in of.items()}

@@ -6,7 +6,8 @@ a t test. Primary are the two CONTRASTS, in accuracy on the frozen policy's fres
 gold gaps of SFT samples: yes, if the difference is above 0 with p < 0.05 after Holm's correction
 over the two; no, if its whole 95 % interval lies below the margin; else unclear. Of the policies
 (policies.py) the two of OF_POLICIES, in mean gold on the way from SFT to the KL that their three
-arms reach. All else is secondary.
+arms reach. All else is secondary. The tables are of the worlds made for them; OLD worlds, of an
+earlier study with long climbs, are in the picture of doses alone.
 """
 
 import csv
@@ -16,19 +17,21 @@ import math
 from pathlib import Path
 
 import numpy as np
+from arms import CLIMB
 from policies import PARTS, POLICIES, ROUNDS
 from scipy import stats
 from summary import table as read_table
 
-PRIMARY = "shifted.matched"
+PRIMARY, OLD = "shifted.matched", range(200, 216)
+FIRST, STALE = f"first@{CLIMB}", f"stale@{CLIMB}"
 # claim: arm, rival
 CONTRASTS = {
-    "MetaRM orders shifted samples better than a plain RM": ("first@1", "plain"),
-    "and better than with S from the SFT policy": ("first@1", "stale@1"),
+    "MetaRM orders shifted samples better than a plain RM": (FIRST, "plain"),
+    "and better than with S from the SFT policy": (FIRST, STALE),
 }
 OF_POLICIES = {
-    "MetaRM's policies are better than PPO's on RM₀": ("ppo:first@1", "ppo:rm0"),
-    "and better than PPO's on plain RMs with new seeds": ("ppo:first@1", "ppo:plain"),
+    "MetaRM's policies are better than PPO's on RM₀": (f"ppo:{FIRST}", "ppo:rm0"),
+    "and better than PPO's on plain RMs with new seeds": (f"ppo:{FIRST}", "ppo:plain"),
 }
 MARGIN, GOLD_MARGIN = 2.0, 0.2  # points, SD of gold: the least gain worth having
 Worlds = dict[int, float]  # a figure of each world, by its seed
@@ -168,25 +171,26 @@ class Table:
     def arms(self) -> list[str]:
         """The arms that are compared with the plain RM, in the page's order."""
         known, order = {arm for arm, _ in self.found} | {RESEEDED}, list(NAMES)
-        known -= {"plain", "rm0", *POLICIES}
+        known -= {arm for arm in known if arm in ("plain", "rm0", "dpo") or arm.startswith("ppo:")}
         return sorted(known, key=lambda arm: (order.index(kind(arm)), knob(arm)))
 
 
 RESEEDED = "reseeded"
 NAMES = read_table("""
-first: MetaRM, η × {}
-stale: MetaRM, S from SFT, η × {}
-exact: MetaRM exact, η × {}
-literal: MetaRM, {}·∇J
-scale: rewards scaled, η × {}
-random: random climb, η × {}
+first: MetaRM, η = {}
+stale: MetaRM, S from SFT, η = {}
+exact: MetaRM exact, η = {}
+literal: MetaRM, θ + {}·∇J
+unit: MetaRM, J of rewards in SDs, η = {}
+scale: rewards scaled, η = {}
+random: random climb, η = {}
 reseeded: plain RM, other seeds
 joint: joint, L − {}·J
 ocrm: OCRM, τ = {}
 gold: gold labels on S
 plain: plain RM
 rm0: RM₀
-adapted: MetaRM's θ′, η × {}
+adapted: MetaRM's θ′, η = {}
 dpo: DPO
 """)
 # heading of a column: metric / digits
@@ -205,20 +209,16 @@ rank correlation there: shifted.rho / 3
 right on OOD prompts: ood.matched / 1
 on held-out D: D.noisy / 1
 """)
-FURTHER = read_table("""
-J on shifted samples: shifted.J / 3
-J on SFT samples: sft.J / 3
-right on SFT samples: sft.matched / 1
-on the gold policy's: gold.matched / 1
-""")
 CLIMBS = read_table("""
 J's rise: climb.J / 3
-gap at θ′, SD: adapted.shifted.margin_sd / 2
+over the predicted: climb.ratio / 2
+within 0.7 to 1.3, % of looks: climb.holds / 0
+cosine of ∇L and ∇J: climb.cosine / 2
+along the head, %: climb.head / 0
+multiplies rewards, %: climb.multiplied / 0
+J at θ: shifted.J / 3
 right at θ′, %: adapted.shifted.matched / 1
-weight of flipped over right pairs at θ: weight.ratio / 2
-at θ′: adapted.weight.ratio / 2
-weights moved, %: climb.moved / 0
-in bf16, %: climb.moved_bf16 / 0
+gap at θ′, SD: adapted.shifted.margin_sd / 2
 """)
 WORTH = read_table("""
 mean gold up to the same KL, SD: gold.path / 2
@@ -230,12 +230,6 @@ reward by its own RM, SD: reward.3 / 2
 that RM right on its samples, %: matched.3 / 1
 Self-BLEU: bleu.3 / 3
 """)
-# the paper's Table 2, best round: rival: win, tie, lose (%) on harmless / helpful / summary
-PAPER = read_table("""
-SFT: 69 28 3 / 73 23 4 / 78 5 17
-PPO's best: 54 31 15 / 65 30 5 / 62 7 31
-DPO: 49 16 35 / 58 35 7 / 59 6 35
-""")
 # heading: the rival, and the round of ours that meets it. "best": the one with the most gold on
 # validation prompts. "PPO" is vanilla PPO after as many rounds, "PPO's best" after its best one.
 RIVALS = {
@@ -244,7 +238,6 @@ RIVALS = {
     "best round against its best": ("PPO's best", "best"),
     "DPO, best round": ("DPO", "best"),
 }
-RULES = [("plain", "sft"), *((x, "shifted") for x in ("rm0", "plain", "first@1", "gold"))]
 
 
 def kind(arm: str) -> str:
@@ -322,46 +315,32 @@ def games(table: Table) -> str:
     return markdown("win/tie/lose, %; win − lose [95 %]", rows, list(RIVALS))
 
 
-def beside_paper(table: Table, ours: str = "ppo:first@1") -> str:
-    """win − lose in the paper, with the 95 % interval of its 100 prompts, and here, over worlds."""
-    rows = {}
-    for rival, tasks in PAPER.items():
-        *_, here = won_minus_lost(table, ours, rival, "best")
-        _, our_low, our_high, _ = t_test(here.values())
-        row = [show(here, 0)]
-        for win, _, lose in (map(int, task.split()) for task in tasks):
-            mean = win - lose
-            half = 1.96 * math.sqrt((100 * (win + lose) - mean**2) / 100)
-            same = "yes" if our_low <= mean + half and mean - half <= our_high else "no"
-            same = "–" if our_low != our_low else same
-            row.append(f"{mean} [{mean - half:.0f}, {mean + half:.0f}], {same}".replace("-", "−"))
-        rows[f"MetaRM's best round against {rival}"] = row
-    headings = [f"paper, {task}, overlap" for task in ("harmless", "helpful", "summary")]
-    return markdown("win − lose, %", rows, ["here", *headings])
+def headline(table: Table) -> str:
+    """The primary results of a task, each with its interval and its worlds."""
+    claims = [(pair, PRIMARY, 1, "points") for pair in CONTRASTS.values()]
+    claims += [(pair, "gold.path", 2, "SD of gold") for pair in OF_POLICIES.values()]
+    said = []
+    for (arm, rival), metric, digits, unit in claims:
+        gain = table.gain(arm, metric, rival)
+        if gain:
+            said.append(f"{title(rival)} {show(gain, digits)} {unit} in {len(gain)} worlds")
+    return f"MetaRM at its best climb, minus {'; minus '.join(said)}.\n"
 
 
 def tables(folder: Path) -> str:
     """All tables of study.csv, as Markdown."""
-    all_rows, parts = read_rows(folder), []
+    all_rows, parts = [row for row in read_rows(folder) if row[1] not in OLD], []
     for task in sorted({row[0] for row in all_rows}):
         table, plain = Table(all_rows, task), {"plain RM": ("plain",)}
-        arms, metrics = (
-            {title(arm): (arm,) for arm in table.arms()},
-            {what for _, what in table.found},
-        )
-        chain = sorted({what[:4] for what in metrics if what[:3] == "ppo"})
+        arms = {title(arm): (arm,) for arm in table.arms()}
+        chain = sorted({what[:4] for _, what in table.found if what[:3] == "ppo"})
         policies = {name: ("rm0", name) for name in ("sft", *chain, "gold", "ood")}
-        parts += [f"## {task.capitalize()}\n", verdicts(table, CONTRASTS, PRIMARY, MARGIN)]
+        parts += [f"## {task.capitalize()}\n", headline(table)]
+        parts.append(verdicts(table, CONTRASTS, PRIMARY, MARGIN))
         parts.append(grid("RM₀ on samples of", STALENESS, policies, table.on))
-        for columns in (EFFECTS, FURTHER):
-            parts.append(grid("", columns, plain, table.get))
-            parts.append(grid("minus the plain RM", columns, arms, table.gain))
+        parts.append(grid("", EFFECTS, plain, table.get))
+        parts.append(grid("minus the plain RM", EFFECTS, arms, table.gain))
         parts.append(grid("climbs", CLIMBS, plain | arms, table.get))
-        rows = {}
-        for rule in sorted({what.split(".")[2] for what in metrics if ".rule." in what}):
-            rows[rule] = [show(table.on(arm, where, f"rule.{rule}"), 1) for arm, where in RULES]
-        headings = [f"{title(arm)}, {where}" for arm, where in RULES]
-        parts.append(markdown("ordered as by one rule of gold, %", rows, headings))
         if table.policies:
             parts.append(verdicts(table, OF_POLICIES, "gold.path", GOLD_MARGIN))
             arms = {title(arm): (arm,) for arm in table.policies}
@@ -370,7 +349,7 @@ def tables(folder: Path) -> str:
                 gains = functools.partial(table.gain, rival=rival)
                 others = {name: key for name, key in arms.items() if key != (rival,)}
                 parts.append(grid(f"minus PPO on {title(rival)}", WORTH, others, gains))
-            parts += [games(table), beside_paper(table)]
+            parts.append(games(table))
     return "\n".join(parts)
 
 
@@ -381,10 +360,11 @@ def pictures(folder: Path, out: Path) -> None:
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
     rows = read_rows(folder)
     for task in sorted({row[0] for row in rows}):
-        table = Table(rows, task)
-        for draw in (forest, doses, *([paths] if table.policies else [])):
+        every = Table(rows, task)
+        fresh = Table([row for row in rows if row[1] not in OLD], task)
+        for draw in (forest, doses, *([paths] if fresh.policies else [])):
             page = figure.Figure(layout="constrained")
-            draw(page, table)
+            draw(page, every if draw is doses else fresh)
             page.savefig(out / f"{task}-{draw.__name__}.png", dpi=110)
 
 
@@ -405,21 +385,28 @@ def forest(page, table: Table) -> None:
 
 
 def doses(page, table: Table) -> None:
-    """Accuracy and gap on shifted samples, minus the plain RM's, over the length of the climb."""
-    page.set_size_inches(11, 4)
+    """Accuracy and gap on shifted samples, minus the plain RM's, over J's rise in one climb.
+
+    The lengths of the climbs stand beside the points; worlds of all studies.
+    """
+    page.set_size_inches(12, 4.5)
     columns = list(EFFECTS.items())[:2]
     for axes, (heading, (metric, _)) in zip(page.subplots(1, 2), columns, strict=True):
-        for name in dict.fromkeys(kind(arm) for arm in table.arms() if "η" in NAMES[kind(arm)][0]):
-            arms = [arm for arm in table.arms() if kind(arm) == name]
+        for name in ("first", "stale", "exact", "literal"):
+            arms = [arm for arm in table.arms() if kind(arm) == name and table.get(arm, "climb.J")]
+            if not arms:
+                continue
+            rises = [max(1e-4, t_test(table.get(arm, "climb.J").values())[0]) for arm in arms]
             points = [t_test(table.gain(arm, metric).values())[:3] for arm in arms]
-            x, (y, low, high) = [knob(arm) for arm in arms], np.reshape(points, (-1, 3)).T
+            y, low, high = np.reshape(points, (-1, 3)).T
             line = dict(color=colour(name), label=NAMES[name][0].partition(", η")[0], capsize=3)
-            shifted = np.array(x) * 1.04 ** list(NAMES).index(name)  # side by side
-            axes.errorbar(shifted, y, [y - low, high - y], fmt="o-", **line)
+            axes.errorbar(rises, y, np.nan_to_num([y - low, high - y]), fmt="o", **line)
+            for arm, x, height in zip(arms, rises, y, strict=True):
+                axes.annotate(
+                    f" {arm.partition('@')[2]}", (x, height), fontsize=8, color=colour(arm)
+                )
         axes.axhline(0, color="#BBBBBB", lw=1)
-        axes.set(xscale="log", xlabel="η, times the primary", ylabel=heading)
-        axes.set_xticks([0.3, 1, 3], ["0.3", "1", "3"])
-        axes.set_xticks([], minor=True)
+        axes.set(xscale="log", xlabel="rise of J in one climb", ylabel=heading)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 

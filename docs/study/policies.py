@@ -9,14 +9,13 @@ of settings.json, and gold judges them.
 from pathlib import Path
 
 import measure
-from arms import stage
+from arms import CLIMB, stage
 
 import ppo
 import rm
 
 ROUNDS, PARTS = 3, 3  # of an arm; in each round, the points of gold over KL
-POLICIES = """dpo ppo:rm0 ppo:plain ppo:first@1 ppo:gold ppo:random@1 ppo:ocrm@0.01 ppo:adapted@1
-ppo:first@3""".split()
+POLICIES = f"dpo ppo:rm0 ppo:plain ppo:first@{CLIMB} ppo:gold ppo:adapted@{CLIMB}".split()
 
 
 def policy(world, arm: str, r: int) -> Path:
@@ -57,6 +56,6 @@ def figures(world, arm: str, r: int) -> dict[str, float]:
     if arm != "dpo":
         row |= measure.of_rollouts(made, sft[2], PARTS)
         model = rm.load_reward_model(str(reward_model(world, arm, r)))
-        found = measure.of_reward_model(model, {"sft": sft, "own": own}, {})
+        found = measure.of_reward_model(model, {"sft": sft, "own": own}, None)
         row |= {name: found[f"own.{name}"] for name in ("reward", "matched", "matched_sft")}
     return {f"{name}.{r}": float(value) for name, value in row.items()}

@@ -31,20 +31,19 @@ import measure
 import page
 import policies
 import summary
-from arms import batches_of_S, factor_of, gold_pairs, gold_score, replaced, reward_model, stage
+from arms import gold_pairs, gold_score, replaced, reward_model, stage
 from policies import POLICIES, ROUNDS
 
 import data
 import ppo
 import rm
 
-# An arm is a kind of arms.py and its knob: "first@3" climbs three times the primary eta.
-PRIMARY = "rm0 plain first@1 stale@1".split()
-SECONDARY = """first@0.3 first@3 first@10 scale@1 scale@3 random@1 random@3 stale@3 exact@1 exact@3
-literal@5e-6 joint@0.3 ocrm@0.01 gold""".split()
-CLIMBS = "first stale exact random scale".split()  # their knob is a multiple of the primary eta
+# An arm is a kind of arms.py and its knob: "first@0.02" climbs a length of 0.02.
+PRIMARY = ["rm0", "plain", page.FIRST, page.STALE]
+SECONDARY = ["gold", *(f"{kind}@{page.CLIMB}" for kind in ("scale", "random", "unit", "exact"))]
+SECONDARY += ["literal@5e-6", "ocrm@0.01", "joint@0.1"]
 # Seconds of a cell on one core, by its kind, and of what a world needs before its cells.
-SECONDS = dict(world=215, rm0=10, plain=44, first=77, stale=77, literal=77, exact=135)
+SECONDS = dict(world=265, rm0=10, plain=48, first=84, stale=84, literal=84, unit=84, exact=140)
 SECONDS |= dict(scale=84, random=46, joint=65, ocrm=55, gold=55, adapted=77, dpo=30)
 SMALL = dict(data="--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 24 --ood_ppo 16")
 SMALL |= dict(sft="--epochs 1", ppo="--steps 3 --batch_size 16 --minibatch_size 8")
@@ -100,8 +99,7 @@ class World:
         test, ood = self.prompts("test"), self.prompts("ood")
         sets = {name: measure.answers(some, test, seed + 1) for name, some in policies.items()}
         self.sets = sets | {"ood": measure.answers(self.chain[-1], ood, seed + 1)}
-        train, valid = (data.read_preferences(self.D / f"{x}.jsonl") for x in ("train", "valid"))
-        self.pairs = {"train": measure.pair_set(train[:1000]), "valid": measure.pair_set(valid)}
+        self.pairs = measure.pair_set(data.read_preferences(self.D / "valid.jsonl"))
 
     def prompts(self, name: str) -> Path:
         return self.home / "data" / f"prompts-{name}.jsonl"
@@ -133,7 +131,7 @@ class World:
         them. It gets twice the steps at the most.
         """
         until, last, tried = measure.final_kl(self.chain[-1]), self.sft, {}
-        with replaced("score", gold_score):
+        with replaced(rm, "score", gold_score):
             for part in range(1, 6 * self.chosen["rounds"] + 1):
                 how = f"gold-policy-{part}", last, self.rm0, f"{self.seed}{part}", "--steps", 5
                 last = self.improve(*how)
@@ -152,8 +150,6 @@ class World:
         policy = self.sft if kind == "stale" else policy or self.chain[-1]
         if kind == "rm0":
             return self.rm0
-        if kind in CLIMBS:
-            knob *= self.chosen["eta"]
         out = self.home / f"{arm.replace('stale', 'first')}-{policy.name}-{head}"
         if kind in ("plain", "random"):  # neither sees S
             out = self.home / f"{arm}-{head}"
@@ -174,18 +170,14 @@ class World:
             for name, kl in self.kl.items():
                 worth = measure.in_sd(sets[name][2], sets["sft"][2]).mean()
                 row |= {f"{name}.kl": kl, f"{name}.worth": worth}
-        there, beyond = {}, folder.with_name("adapted")  # θ'
-        if arm.startswith("scale"):
-            batch = next(batches_of_S(*model, self.S(self.chain[-1]), self.seed))
-            factor = factor_of(model[0], batch, read_arm(arm)[1] * self.chosen["eta"])
-            margins, gold = measure.rewards_on(model, self.pairs["train"]), self.pairs["train"][2]
-            there = measure.of_weights(factor * margins @ [1, -1], gold @ [1, -1])
-        if beyond.is_dir():
-            adapted = rm.load_reward_model(str(beyond))
+        if folder.with_name("adapted").is_dir():  # θ'
+            adapted = rm.load_reward_model(str(folder.with_name("adapted")))
             some = {name: sets[name] for name in ("sft", "shifted")}
             there = measure.of_reward_model(adapted, some, self.pairs)
-            row |= measure.of_climb(model, adapted, data.read_jsonl(folder / "log.jsonl"))
-        return row | {f"adapted.{name}": x for name, x in there.items() if ".rule." not in name}
+            row |= {f"adapted.{name}": x for name, x in there.items()}
+            log = data.read_jsonl(folder / "log.jsonl")
+            row |= measure.of_climb(model, adapted, log, sets["shifted"])
+        return row
 
 
 def heads_of(args, arm: str) -> range:
@@ -262,8 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--tasks", default="dialogue", help="A,B")
     add("--arms", default="", help="A,B; empty: all")
-    add("--seeds", default=",".join(map(str, range(200, 216))), help="A,B: the worlds")
-    add("--heads", type=int, default=4, help="heads of each primary arm")
+    add("--seeds", default=",".join(map(str, range(300, 316))), help="A,B: the worlds")
+    add("--heads", type=int, default=2, help="heads of each primary arm")
     add("--more", type=int, default=1, help="heads of each secondary arm")
     add("--runs", default="runs/study", help="folder for models and samples")
     add("--out", type=Path, default=Path(__file__).parent, help="of settings.json, study.csv")
