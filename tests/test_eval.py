@@ -44,9 +44,12 @@ def test_pair_accuracy_is_the_plain_loop(tie):
 
 def test_matched_accuracy_is_the_plain_loop():
     first, second, minimum = random_set(1), random_set(2, noise=2.0), 30
-    edges, bins = [0.2, 0.5, 1.0, 2.0, 9.0], []
+    first[1][3] = 2.0  # gold ties are in no bin, not even in the one that begins at 0
+    edges, bins = [0.0, 0.5, 1.0, 2.0, 9.0], []
     for low, high in itertools.pairwise(edges):
-        inside = [[p for p in pairs_of(*x) if low <= abs(p[1]) < high] for x in (first, second)]
+        inside = [
+            [p for p in pairs_of(*x) if p[1] and low <= abs(p[1]) < high] for x in (first, second)
+        ]
         if min(map(len, inside)) >= minimum:
             bins.append([(len(x), np.mean([(r > 0) == (g > 0) for r, g in x])) for x in inside])
     total = sum(a[0] for a, _ in bins)
@@ -111,8 +114,6 @@ def test_bleu_is_the_plain_loop_and_diversity():
     for one, other in [*groups, *(group[::-1] for group in groups)]:
         each += [loop_bleu(one.split(), [other.split()], n) for n in (2, 3, 4, 5)]
     assert report.self_bleu(groups) == pytest.approx(np.mean(each))
-    assert report.distinct_share(groups) == 3 / 4
-    assert report.mean_words(groups) == (3 + 3 + 3 + 1) / 4
 
 
 # ------------------------------------------------------------------------ figures of made-up runs
@@ -155,7 +156,7 @@ def test_a_stale_rm_and_what_tells_better():
     assert set(against) == {"SFT", "PPO on RM0"}  # of the same round
     assert abs(results["ceiling"] - 75) < 6
     text = report.report(results, "")
-    assert text.count("| yes |") == 10 and "**no**" not in text and "10 of 11 signs" in text
+    assert text.count("| yes |") == 10 and "**no**" not in text and "10 of 11 criteria" in text
     assert "what gold says" in text and "One seed proves nothing" in text
 
 
@@ -177,6 +178,8 @@ def test_what_cannot_be_told():
     for what in ("RM0 right on answers", "a new RM", "the same over that by gold", "gold reward"):
         assert what in untold
     assert report.report(results, "").count("| – |\n") >= 4
+    found = report.rounded({"a": [np.float64("nan"), math.inf, 2 / 3], "b": [None, "x", True, 7]})
+    assert json.dumps(found) == '{"a": [null, null, 0.666667], "b": [null, "x", true, 7]}'
 
 
 # -------------------------------------------------------------------------------- the whole command
@@ -215,6 +218,9 @@ def fake_run(tmp_path, monkeypatch):
     pairs = [{"prompt": prompt, **sides} for prompt in PROMPTS["test"]]
     write_rows(run / "pairs" / "valid.jsonl", pairs)
     write_rows(run / "rm0" / "log.jsonl", [{"step": 0, "accuracy": 0.5}, {"step": 1}])
+    looks = [{"rise": x, "predicted_rise": 2 * x, "loss_change": -x} for x in (0.01, 0.03)]
+    looks = [{"step": 0, "accuracy": 0.5} | row | {"first_order_gain": 12.0} for row in looks]
+    write_rows(run / "metarm-2" / "rm" / "log.jsonl", [*looks, {"step": 1}])
     for name in policies[2:]:
         row = {"kl": 0.5, "prompts": PROMPTS["test"][:2], "scores": [[0.3, 1.0], [0.1, 2.0]]}
         row["responses"] = [[text_of(f"{i}{j}") for j in range(2)] for i in range(2)]
@@ -248,7 +254,9 @@ def test_report_of_a_run(fake_run):
     for name in ("fig1_reward_difference", "gold_over_kl", "fig4_rm_accuracy", "fig5_reward_gaps"):
         picture = (fake_run[0] / "figures" / f"{name}.png").read_bytes()
         assert picture[:4] == b"\x89PNG" and f"figures/{name}.png" in text
-    assert not {"nan", "None"} & {*text.split()} and results["epochs"] == {"rm0": [[0, 50]]}
+    assert not {"nan", "None"} & {*text.split()} and results["epochs"]["rm0"] == [[0, 50]]
+    assert "- MetaRM, round 2: J 0.020 (0.040), L −0.020 (12.0)\n" in text
+    assert list(results["climbs"]) == ["metarm-2"]  # RMs without such looks have no line
     arms = [f"{arm}-{r}" for arm in ("ppo", "reseeded", "metarm") for r in (1, 2)]
     assert list(results["policies"]) == ["sft", "dpo", *arms]
     assert set(results["rms"]) == {"rm0", "oracle", "metarm-2 adapted", *arms[2:]}
@@ -264,6 +272,10 @@ def test_report_of_a_run(fake_run):
     assert row["against"]["SFT"] == pytest.approx(against, abs=1e-5)
     rivals = {"SFT", "DPO", "PPO on RM0", "reseeded RM"}
     assert set(row["against"]) == rivals | {f"{x}, OOD" for x in rivals - {"DPO"}}
+    texts = sum((row["responses"] for row in rows[:24]), [])  # of metarm-2
+    assert row["figures"]["distinct"] == pytest.approx(len(set(texts)) / len(texts), abs=1e-5)
+    words = np.mean([len(text.split()) for text in texts])
+    assert row["figures"]["words"] == pytest.approx(words, abs=1e-5)
     mean = (gold["metarm-2"].mean() - gold["sft"].mean()) / sd
     assert row["figures"]["gold"] == pytest.approx(mean, abs=1e-5) and row["figures"]["KL"] == 1.5
 
@@ -369,18 +381,23 @@ def test_kl_is_the_plain_loop(tmp_path):
     """Text by text and token by token, without padding or batches."""
     policy, tokenizer = ppo.load_policy(make_policy(tmp_path / "a", seed=1))
     reference, _ = ppo.load_policy(make_policy(tmp_path / "b", seed=2))
-    prompts, longest, total = ["Human: my phone", "help"], 5, 0.0
+    prompts, longest = ["Human: my phone", "help"], 5
     groups = [[" Sorry", ""], [" we will send a new phone today", " thank you"]]
-    for prompt, text in zip(np.repeat(prompts, 2), sum(groups, []), strict=True):
-        prompt_ids, response_ids = rm.encode(tokenizer, str(prompt), text)
-        ids = prompt_ids + response_ids[:longest]  # a response cut off there has no EOS
-        for model, sign in ((policy, 1), (reference, -1)):
-            logits = model(torch.tensor([ids])).logits[0] / 0.7
-            logprobs = torch.log_softmax(logits.double(), dim=-1)
-            for i in range(len(prompt_ids), len(ids)):
-                total += sign * logprobs[i - 1, ids[i]].item()
-    found = report.kl_to(policy, tokenizer, reference, prompts, groups, 0.7, longest)
-    assert found == pytest.approx(total / 4, abs=1e-5)
+    eos = rm.end_id(tokenizer)
+    # A chat model stops at other tokens, too, and its text does not tell at which one it did.
+    for ends in ([eos], [eos, 7, 9]):
+        policy.generation_config.eos_token_id, total = ends, 0.0
+        for prompt, text in zip(np.repeat(prompts, 2), sum(groups, []), strict=True):
+            prompt_ids, response_ids = rm.encode(tokenizer, str(prompt), text)
+            ids = prompt_ids + response_ids[:longest]  # a response cut off there has no EOS
+            for model, sign in ((policy, 1), (reference, -1)):
+                logits = model(torch.tensor([ids])).logits[0] / 0.7
+                probabilities = torch.softmax(logits.double(), dim=-1)
+                for i in range(len(prompt_ids), len(ids)):
+                    said = ends if ids[i] == eos else [ids[i]]
+                    total += sign * probabilities[i - 1, said].sum().log().item()
+        found = report.kl_to(policy, tokenizer, reference, prompts, groups, 0.7, longest)
+        assert found == pytest.approx(total / 4, abs=1e-5)
     assert report.kl_to(policy, tokenizer, policy, prompts, groups) == 0
 
 
