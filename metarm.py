@@ -10,15 +10,16 @@ it at theta. Dou et al., "MetaRM" (arXiv 2405.00438; AAAI 2025, whose equation n
         sample X_t, n pairs of D, and X_s, m prompts of S              train (by rm.fit)
         J       = difference loss of r_theta on X_s           Eq. 2    difference_loss
         theta'  = theta + eta * grad J(theta)   (an ASCENT)   Eq. 3    meta_gradient, climb
-        g       = gradient of L (Eq. 1) on X_t, at theta'     Eq. 4    meta_gradient
+        g       = gradient of L on X_t, taken at theta'       Eq. 4    meta_gradient
         theta  <- theta - alpha * g             (from theta)  Eq. 5    metarm_step
 
-alpha is the optimizer's learning rate. As a library, this file needs only torch:
+L is the loss of any reward model, Eq. 1: rm.preference_loss. alpha is the optimizer's learning
+rate. As a library, this file needs only torch:
 
     def L(forward): return -logsigmoid(forward(chosen) - forward(rejected)).mean()
     def J(forward): return metarm.difference_loss(forward(samples).view(m, k))
     model.eval()  # no dropout: J would climb the noise between two random masks
-    metarm.metarm_step(model, optimizer, L, J, eta=0.1, normalize=True)
+    metarm.metarm_step(model, optimizer, L, J, eta=0.02, normalize=True)
 
     python metarm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl \
         --meta runs/toy/metarm-1/meta/samples.jsonl --out runs/toy/metarm-1/rm
@@ -46,6 +47,10 @@ Loss = Callable[[Callable], Tensor]  # forward -> scalar; `forward` is the model
 Losses = Loss | list[Loss]  # a list: micro-batches of equal weight, whose mean is the loss
 Order = Literal["first", "exact"]
 
+# |theta' - theta| of the command. The climb's length depends on how fast J bends, as SAM's rho does
+# on its loss, and neither on the learning rate nor on the number of weights.
+DEFAULT_LENGTH = 0.02
+
 
 class NotFinite(ValueError):
     """J, L or a gradient is NaN or infinite. No step has been taken."""
@@ -63,14 +68,33 @@ def difference_loss(rewards: Tensor) -> Tensor:
     if m < 1 or k < 2 or not rewards.is_floating_point():
         got = f"{rewards.dtype} {tuple(rewards.shape)}"
         raise ValueError(f"difference_loss needs float rewards of shape (m, k >= 2), got {got}")
-    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)  # all pairs i < j
+    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)  # all pairs i < j: (k(k-1)/2,)
     # |.| has a kink at 0, where torch takes the slope 0: an exact tie is not pushed apart.
-    return 2 / k**2 * (rewards[:, i] - rewards[:, j]).abs().sigmoid().sum(dim=1).mean()
+    gaps = (rewards[:, i] - rewards[:, j]).abs()  # (m, k(k-1)/2)
+    return 2 / k**2 * gaps.sigmoid().sum(dim=1).mean()
 
 
 def climb(theta: Parameters, grad_J: Parameters, scale: Tensor) -> Parameters:
     """Returns theta' = theta + scale * grad J, Eq. 3. It is differentiable in all three."""
     return {name: plus(p, scale, grad_J[name]) for name, p in theta.items()}
+
+
+def gradient(model: Module, loss: Losses, at: Parameters | None = None) -> tuple[Parameters, float]:
+    """Returns ({name: gradient of the loss}, the loss) at theta; the model stays untouched.
+
+    loss: as in `meta_gradient`. at: other parameters to take both at, theta' for example.
+    Raises: as `meta_gradient`.
+    """
+    theta = theta_of(model)
+    parameters = theta if at is None else as_leaves(at)
+    places = everywhere(model, parameters)
+
+    def forward(*args, **kwargs):
+        return functional_call(model, places, args, kwargs, tie_weights=False)
+
+    value, grads = value_and_gradient(loss, forward, parameters)
+    found = finite_floats(loss=value, grad_norm=global_norm(grads.values()))
+    return grads, found["loss"]
 
 
 def meta_gradient(
@@ -85,22 +109,25 @@ def meta_gradient(
 
     vanilla_loss, meta_loss: functions forward -> scalar, L on X_t and J on X_s. They call
         `forward(*args, **kwargs)` instead of the model, whose weights and .grad stay untouched.
-    eta: the ascent is eta * grad J or, with normalize=True, eta * grad J / |grad J|.
+    eta: with normalize=True the length of the climb, |theta' - theta|; with normalize=False the
+        paper's factor, theta' = theta + eta * grad J.
     order: "first", as the authors run it; "exact" also differentiates theta' by theta, as MAML
         does. It keeps the graphs of all micro-batches of J; a smaller X_s saves memory.
     The gradient has a tensor for every trainable parameter. Figures: `difference` J(theta),
-    `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`, and `moved`, the share
-    of weights that Eq. 3 changed at all (bf16 rounds small changes away).
+    `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`.
     Raises: ValueError on bad arguments, and on models that cannot be called at other parameters
         (DDP, FSDP2, gradient checkpointing: use `lookahead`); NotFinite on NaN and infinity.
     """
     if order not in ("first", "exact"):
         raise ValueError(f"order must be 'first' or 'exact', got {order!r}")
-    theta, exact = trainable(model), order == "exact"
+    exact = order == "exact"
+    theta = theta_of(model)
 
-    def forward_at(parameters: Parameters) -> Callable:
-        at = everywhere(model, parameters)  # the model, with these in place of its own
-        return lambda *args, **kwargs: functional_call(model, at, args, kwargs, tie_weights=False)
+    def forward_at(parameters: Parameters) -> Callable:  # the model, with these in place of its own
+        places = everywhere(model, parameters)
+        return lambda *args, **kwargs: functional_call(
+            model, places, args, kwargs, tie_weights=False
+        )
 
     # J on X_s at theta (Eq. 2), and its gradient. The exact order needs that gradient's own graph,
     # and the math attention kernel: the fused ones have no second derivative.
@@ -108,12 +135,12 @@ def meta_gradient(
         J, grad_J = value_and_gradient(meta_loss, forward_at(theta), theta, create_graph=exact)
 
     # theta' = theta + eta * grad J (Eq. 3): a second set of parameters beside the model's own.
-    scale, meta_grad_norm = step_scale(grad_J.values(), eta, normalize)
-    theta_prime = climb(theta, grad_J, scale)
+    meta_grad_norm = global_norm(grad_J.values())
+    theta_prime = climb(theta, grad_J, step_scale(grad_J.values(), eta, normalize))
     del grad_J  # at first order nobody needs it any more, and L needs memory
 
-    # L on X_t at theta', and its gradient (Eq. 4). detach: it is taken with respect to theta'.
-    leaves = {name: p.detach().requires_grad_() for name, p in theta_prime.items()}
+    # L on X_t at theta', and its gradient (Eq. 4). As leaves: it is taken with respect to theta'.
+    leaves = as_leaves(theta_prime)
     L, grads = value_and_gradient(vanilla_loss, forward_at(leaves), leaves)
 
     # THE line between the two orders. First order stops here: grads is dL/dtheta'. But theta'
@@ -121,15 +148,14 @@ def meta_gradient(
     # vector-Jacobian product through Eq. 3, whose graph create_graph kept above. Without normalize
     # it comes to (I + eta * Hessian of J) grads; with it, 1/|grad J| is differentiated, too.
     if exact:
-        inputs, outputs = list(theta.values()), list(theta_prime.values())
+        outputs = list(theta_prime.values())
+        inputs = list(theta.values())
         with sdpa_kernel(SDPBackend.MATH):
-            grads = torch.autograd.grad(outputs, inputs, grad_outputs=list(grads.values()))
-        grads = dict(zip(theta, grads, strict=True))
+            product = torch.autograd.grad(outputs, inputs, grad_outputs=list(grads.values()))
+        grads = dict(zip(theta, product, strict=True))
 
-    moved = sum((theta_prime[name] != p).sum().to(L.device) for name, p in theta.items())
-    share = moved / sum(p.numel() for p in theta.values())
     info = {"difference": J, "meta_grad_norm": meta_grad_norm, "vanilla_loss_adapted": L}
-    return grads, figures(**info, grad_norm=global_norm(grads.values()), moved=share)
+    return grads, finite_floats(**info, grad_norm=global_norm(grads.values()))
 
 
 def metarm_step(
@@ -164,19 +190,26 @@ def metarm_step(
 
 
 @contextmanager
-def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[None]:
+def lookahead(
+    model: Module, eta: float, normalize: bool = False, scaler_follows: bool = False
+) -> Iterator[None]:
     """Moves the model to theta' in place and back, for DDP, FSDP2, TRL and gradient checkpointing.
 
         J(model).backward()                 # p.grad is grad J, of ALL micro-batches of S
-        with metarm.lookahead(model, eta):  # the model is at theta', p.grad is None
+        with metarm.lookahead(model, eta=0.02, normalize=True):  # at theta', p.grad is None
             L(model).backward()             # forward AND backward, of ALL micro-batches of D
         optimizer.step()                    # the model is at theta, p.grad is grad L(theta')
 
-    First order. Under a GradScaler pass eta / scaler.get_scale(), or eta with normalize=True.
-    Raises: ValueError on a bad eta, without a gradient, or normalised under FSDP1 (a shard does not
-        know the norm of the whole); RuntimeError if FSDP2 failed inside its forward.
+    First order. eta, normalize: as in `meta_gradient`.
+    scaler_follows: p.grad has been scaled by a GradScaler. Where grad J has overflowed, all of
+        grad L becomes NaN, so that the scaler skips the step. Without normalize, pass
+        eta / scaler.get_scale().
+    Raises: NotFinite on NaN and infinity in grad J, unless scaler_follows; ValueError on a bad eta,
+        without a gradient, on running statistics, or normalised under FSDP1 (a shard does not know
+        the norm of the whole); RuntimeError if FSDP2 failed inside its forward.
     Source: paper, Eqs. 3 and 4.
     """
+    refuse_running_statistics(model)
     reshard(model)
     # Keep these very objects: after a forward without a backward, FSDP2's model.parameters() are
     # the gathered weights, not the shards that are trained.
@@ -186,12 +219,15 @@ def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[No
         raise ValueError("lookahead: no parameter has a gradient; back-propagate J before it")
     if normalize and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError("lookahead: FSDP1 does not know |grad J|; use FSDP2, or normalize=False")
-    theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step would round
-    scale, norm = step_scale(grads, eta, normalize)
-    del grads  # L needs the memory
-    # If grad J has overflowed, make all of theta' NaN, and so grad L: GradScaler then skips the
-    # step. (A tanh can turn one infinite weight into a finite loss.)
+    scale = step_scale(grads, eta, normalize)
+    norm = global_norm(grads)
+    if not scaler_follows:
+        finite_floats(meta_grad_norm=norm)
+    # Else make all of theta' NaN, and so grad L. (A tanh can turn one infinite weight into a finite
+    # loss, and GradScaler would take that step.)
     scale = scale + 0 * norm
+    del grads  # L needs the memory
+    theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step would round
     try:
         with torch.no_grad():
             for p in parameters:
@@ -219,9 +255,9 @@ def adapted_parameters(
     Algorithm 1 keeps theta, but it is at theta' that L was minimised. To measure theta', load it:
     `model.load_state_dict(adapted, strict=False)`. Raises: as `meta_gradient`.
     """
-    grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)  # at eta = 0, theta' is theta
-    scale, _ = step_scale(grad_J.values(), eta, normalize)
-    return climb({n: p.detach() for n, p in model.named_parameters() if n in grad_J}, grad_J, scale)
+    grad_J, _ = gradient(model, meta_loss)
+    with torch.no_grad():
+        return climb(theta_of(model), grad_J, step_scale(grad_J.values(), eta, normalize))
 
 
 def diagnostics(
@@ -229,85 +265,56 @@ def diagnostics(
 ) -> dict[str, float]:
     """Returns Eqs. 6 to 8 in numbers: L(theta') = L(theta) + eta * grad L . grad J + o(eta).
 
-    `vanilla_loss` L(theta); `first_order_gain` (theta' - theta) . grad L, to compare with
-    L(theta') - L(theta); `difference_adapted` J(theta'); `cosine` of grad L and grad J: above 0,
-    climbing J raises L, so the two aims conflict on these batches. Costs about three steps.
-    Arguments and errors as in `meta_gradient`. Source: paper, Eqs. 6 to 8.
+    Two pairs tell whether the climb is short enough for that: the left one is the change, the right
+    one its first-order prediction.
+        `rise`         J(theta') - J(theta)    `predicted_rise`    (theta' - theta) . grad J
+        `loss_change`  L(theta') - L(theta)    `first_order_gain`  (theta' - theta) . grad L
+    `cosine` of grad L and grad J: above 0, climbing J raises L, so the two aims conflict on these
+    batches. `vanilla_loss` L(theta), `difference_adapted` J(theta').
+    Costs about as much as a step and a half. Arguments and errors as in `meta_gradient`.
     """
-    # At eta = 0, theta' is theta. J in L's place gives grad J at theta and, last, J at theta'.
-    grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)
-    grad_L, at_theta = meta_gradient(model, vanilla_loss, meta_loss, eta=0.0)
-    _, at_theta_prime = meta_gradient(model, meta_loss, meta_loss, eta, normalize=normalize)
-    scale, norm = step_scale(grad_J.values(), eta, normalize)
-    dot = sum((grad_L[name] * grad_J[name]).sum() for name in grad_J)
+    grad_J, J = gradient(model, meta_loss)
+    grad_L, L = gradient(model, vanilla_loss)
+    scale = step_scale(grad_J.values(), eta, normalize)
+    norm_J = global_norm(grad_J.values())
+    norm_L = global_norm(grad_L.values())
+    dot = sum((grad_L[name] * grad_J[name]).sum().to(scale.device) for name in grad_J)
+    del grad_L  # the two gradients at theta' need the memory
+    theta_prime = climb(theta_of(model), grad_J, scale)
+    _, J_adapted = gradient(model, meta_loss, theta_prime)
+    _, L_adapted = gradient(model, vanilla_loss, theta_prime)
     return {
-        "vanilla_loss": at_theta["vanilla_loss_adapted"],
+        "vanilla_loss": L,
+        "loss_change": L_adapted - L,
         "first_order_gain": float(scale * dot),
-        "cosine": float(dot / (global_norm(grad_L.values()) * norm + 1e-12)),
-        "difference_adapted": at_theta_prime["vanilla_loss_adapted"],
+        "cosine": float(dot / (norm_L * norm_J + 1e-12)),
+        "difference_adapted": J_adapted,
+        "rise": J_adapted - J,
+        "predicted_rise": float(scale * norm_J**2),
     }
 
 
-# ---------------------------------------------------------------------- helpers of Algorithm 1
-def trainable(model) -> Parameters:
-    """Returns theta: leaves that share the trainable parameters' memory, but not their .grad."""
+# A reader of the paper may stop here. What follows is bookkeeping for PyTorch, then the command.
+# ---------------------------------------------------- guards: models and losses that give no theta'
+def refuse_model(model) -> None:
+    """Raises ValueError on a model that cannot be called at other parameters than its own."""
     ddp = torch.nn.parallel.DistributedDataParallel
     sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
     if sharded or any(isinstance(module, ddp) for module in model.modules()):
         raise ValueError("a DDP or FSDP2 model has one set of parameters; use metarm.lookahead")
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
         raise ValueError("hooks on parameters would not see this gradient; use metarm.lookahead")
-    theta = {n: p.detach().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
-    if not theta:
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters: requires_grad is False for all")
-    return theta
+    refuse_running_statistics(model)
 
 
-def everywhere(model, parameters: Parameters) -> Parameters:
-    """Returns the parameters under every place where the model holds them, {place: tensor}.
-
-    A tied weight stands in two modules, and a module may have two names. functional_call would find
-    tied weights by itself, but it would leave theta' in a module that has two names.
-    """
-    at, name_of = {}, {id(p): name for name, p in model.named_parameters()}
-    for prefix, module in model.named_modules():  # each module once, under its first name
-        for place, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            if p.requires_grad:
-                at[place] = parameters[name_of[id(p)]]
-    return at
-
-
-def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_graph=False):
-    """Returns (mean of the losses, {name: its gradient}), one micro-batch after the other."""
-    losses, leaves = [losses] if callable(losses) else list(losses), list(parameters.values())
-    total = 0.0
-    for loss in losses:
-        try:
-            with disable_saved_tensors_hooks(NO_CHECKPOINTING):  # checkpointing is made of these
-                value = loss(forward) / len(losses)
-        except RuntimeError as error:
-            raise (ValueError(error) if NO_CHECKPOINTING in str(error) else error) from None
-        for node in nodes_of_graph(value):
-            if node.name() == "CheckpointFunctionBackward":  # the older, "reentrant" kind
-                raise ValueError(NO_CHECKPOINTING)
-            if isinstance(getattr(node, "variable", None), torch.nn.Parameter):  # not one of leaves
-                raise ValueError("a loss uses parameters of a model itself: call `forward` only")
-        total = total + value.detach()
-        if value.requires_grad and not create_graph:
-            value.backward(inputs=leaves)  # adds up in the .grad of these leaves, in place
-        elif value.requires_grad:
-            new = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-            for p, g in zip(leaves, new, strict=True):
-                p.grad = p.grad if g is None else g if p.grad is None else p.grad + g
-    torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of the leaves
-    if all(p.grad is None for p in leaves):
-        fix = "it must call the `forward` it is given, not the model, and not under no_grad()"
-        raise ValueError(f"a loss does not depend on the trainable parameters: {fix}")
-    # A parameter without a part in the loss gets zeros.
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
-    for p in leaves:
-        p.grad = None
-    return total, grads
+def refuse_running_statistics(model) -> None:
+    """Raises ValueError on BatchNorm and its kin in train mode: theta' would leave a trace."""
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "track_running_stats", False):
+            what = f"{name} ({type(module).__name__}) would take in S, and D at theta'"
+            raise ValueError(f"the running statistics of {what}; call model.eval()")
 
 
 NO_CHECKPOINTING = (
@@ -316,28 +323,120 @@ NO_CHECKPOINTING = (
 )
 
 
-def nodes_of_graph(value: Tensor) -> set:
-    """Returns the nodes of a value's autograd graph."""
-    seen, todo = set(), [value.grad_fn]
+@contextmanager
+def refuse_checkpointing() -> Iterator[None]:
+    """Raises ValueError on checkpointing of the newer kind, which is made of these hooks."""
+    try:
+        with disable_saved_tensors_hooks(NO_CHECKPOINTING):
+            yield
+    except RuntimeError as error:
+        if NO_CHECKPOINTING not in str(error):
+            raise
+        raise ValueError(NO_CHECKPOINTING) from None
+
+
+def refuse_graph(value: Tensor, create_graph: bool) -> None:
+    """Raises ValueError where a loss's graph shows that its gradient would not be that at theta'.
+
+    It visits every operation, some 20 ms for a model of 30 layers. A loss with an attribute
+    `graph_is_known = True` is not looked at: for a loop that makes the same losses in every step.
+    """
+    seen = set()
+    todo = [value.grad_fn]
     while todo:
         node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [function for function, _ in node.next_functions]
-    return seen
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [function for function, _ in node.next_functions]
+        if node.name() == "CheckpointFunctionBackward":  # the older, "reentrant" kind
+            raise ValueError(NO_CHECKPOINTING)
+        if create_graph and node.name().startswith("CompiledFunction"):
+            raise ValueError(
+                "torch.compile has no second derivative; use order='first', or no compile"
+            )
+        if isinstance(getattr(node, "variable", None), torch.nn.Parameter):  # not one of the leaves
+            raise ValueError("a loss uses parameters of a model itself: call `forward` only")
 
 
-def step_scale(grads, eta: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Returns (the factor before grad J in Eq. 3, |grad J|): 0-dim tensors, to not wait for a GPU.
+# --------------------------------------------------------------------------------------- numerics
+def theta_of(model) -> Parameters:
+    """Returns theta: leaves that share the trainable parameters' memory, but not their .grad."""
+    refuse_model(model)
+    return as_leaves({name: p for name, p in model.named_parameters() if p.requires_grad})
 
-    Normalised, a tiny |grad J| is blown up, too: if all k responses are equal, rounding still makes
-    their rewards differ, and noise of 1e-8 becomes a full step. Exactly 0 stays 0.
+
+def as_leaves(parameters: Parameters) -> Parameters:
+    """Returns the same values, to be differentiated by: gradients stop here."""
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+
+def everywhere(model, parameters: Parameters) -> Parameters:
+    """Returns the parameters under every place where the model holds them, {place: tensor}.
+
+    A tied weight stands in two modules, and a module may have two names. functional_call would find
+    tied weights by itself, but it would leave theta' in a module that has two names.
+    """
+    places = {}
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    for prefix, module in model.named_modules():  # each module once, under its first name
+        for place, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            if p.requires_grad:
+                places[place] = parameters[name_of[id(p)]]
+    return places
+
+
+def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_graph=False):
+    """Returns (mean of the losses, {name: its gradient}), one micro-batch after the other."""
+    losses = [losses] if callable(losses) else list(losses)
+    leaves = list(parameters.values())
+    total = 0.0
+    sums = [None] * len(leaves)
+    for loss in losses:
+        with refuse_checkpointing():
+            value = loss(forward) / len(losses)
+        if not getattr(loss, "graph_is_known", False):
+            refuse_graph(value, create_graph)
+        total = total + value.detach()  # a tensor: a float would wait for the GPU in every part
+        if value.requires_grad and not create_graph:
+            value.backward(inputs=leaves)  # adds up in the .grad of these leaves, in place
+        elif value.requires_grad:
+            # Not in .grad: with a graph behind it, that would be a cycle, and never be freed.
+            new = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+            sums = [add(a, b) for a, b in zip(sums, new, strict=True)]
+    torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of the leaves
+    if not create_graph:
+        sums = [p.grad for p in leaves]
+        for p in leaves:
+            p.grad = None
+    if all(grad is None for grad in sums):
+        fix = "it must call the `forward` it is given, not the model, and not under no_grad()"
+        raise ValueError(f"a loss does not depend on the trainable parameters: {fix}")
+    # A parameter without a part in the loss gets zeros.
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, sums, strict=True)]
+    return total, dict(zip(parameters, grads, strict=True))
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Returns a + b, where None is nothing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def step_scale(grads, eta: float, normalize: bool) -> Tensor:
+    """Returns the factor before grad J in Eq. 3, a 0-dim tensor (a float would wait for a GPU).
+
+    grads: the tensors of grad J. Normalised, the climb is eta long, and a tiny |grad J| is blown
+    up: if all k responses are equal, rounding still makes their rewards differ, and noise of 1e-8
+    becomes a full step. Exactly 0 stays 0.
     """
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number >= 0, got {eta}")
     norm = global_norm(grads)
-    scale = eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta)
-    return scale, norm
+    if not normalize:
+        return torch.full_like(norm, eta)
+    return eta / (norm + 1e-12) * (norm > 0)
 
 
 def plus(a: Tensor, scale: Tensor, b: Tensor) -> Tensor:
@@ -349,12 +448,14 @@ def global_norm(tensors) -> Tensor:
     """Returns the norm of all tensors together, in float32 at least; under FSDP2 of all shards."""
     norms = []
     for t in tensors:
+        if t.is_sparse:
+            raise ValueError("MetaRM needs dense gradients; build the Embedding with sparse=False")
         norm = torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
         norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
-def figures(**tensors: Tensor) -> dict[str, float]:
+def finite_floats(**tensors: Tensor) -> dict[str, float]:
     """Returns the tensors as floats (only here we wait for the device). Raises NotFinite."""
     found = {name: float(value.detach()) for name, value in tensors.items()}
     for name, value in found.items():
@@ -375,40 +476,70 @@ def reshard(model) -> None:
 def micro_batches(loss: Callable, groups: list, size: int) -> list[Loss]:
     """Returns losses of equal weight, each of `size` groups; loss: (forward, groups) -> mean."""
     chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
-    weight = len(chunks) / len(groups)  # a smaller last chunk counts by its share
-    return [lambda forward, c=chunk: weight * len(c) * loss(forward, c) for chunk in chunks]
+    average = len(groups) / len(chunks)
+
+    def part(chunk: list) -> Loss:
+        # The losses of a list count alike, but a smaller last chunk must count less: so its mean
+        # is multiplied by its size over the average size (1 where all are of one size).
+        def loss_of_chunk(forward):
+            return len(chunk) / average * loss(forward, chunk)
+
+        loss_of_chunk.graph_is_known = getattr(loss, "graph_is_known", False)
+        return loss_of_chunk
+
+    return [part(chunk) for chunk in chunks]
+
+
+def warning_of(look: dict[str, float], eta: float) -> str:
+    """Returns one line if the climb did not raise J as its slope predicts, "" if it did."""
+    rise = look["rise"]
+    predicted = look["predicted_rise"]
+    if abs(rise - predicted) <= 0.5 * predicted + 1e-6:  # J itself is rounded at about 1e-7
+        return ""
+    # A rise this small is lost in the rounding of bf16. Any other climb has left the straight part.
+    fix = "smaller" if max(abs(rise), predicted) > 1e-3 else "larger"
+    what = f"one climb changed J by {rise:.2g}, and its slope predicts {predicted:.2g} (Eq. 8)"
+    return f"metarm.py: warning: {what}; give a {fix} --eta than {eta:.3g}"
 
 
 def train(args) -> None:
     """The command: Algorithm 1 on D and S."""
+    from tqdm import tqdm
+
     import data
     import rm
 
-    out, adapted = Path(args.out).resolve(), Path(args.save_adapted).resolve()
-    if args.save_adapted and (out in (adapted, *adapted.parents) or adapted in out.parents):
-        raise data.Mistake(f"--save_adapted {args.save_adapted}: name a folder outside --out")
-    pairs, samples = data.read_preferences(args.data), data.read_meta(args.meta)
-    adapted = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
-    with data.output_folder(args.out) as work, adapted as adapted_work:
+    if args.save_adapted:
+        out = Path(args.out).resolve()
+        other = Path(args.save_adapted).resolve()
+        if out in (other, *other.parents) or other in out.parents:
+            raise data.Mistake(f"--save_adapted {args.save_adapted}: name a folder outside --out")
+    eta = args.eta
+    if (
+        eta is None
+    ):  # without normalize as in the paper, alpha = eta. (lr decays to 0; eta does not.)
+        eta = DEFAULT_LENGTH if args.normalize else args.lr
+    if not 0 <= eta < math.inf:
+        raise data.Mistake(f"--eta {eta}: the ascent needs a finite length of 0 or more")
+    climbing = {"eta": eta, "normalize": args.normalize}
+    pairs = data.read_preferences(args.data)
+    samples = data.read_meta(args.meta)
+    adapted_folder = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
+    with data.output_folder(args.out) as work, adapted_folder as adapted_work:
         # The head and the order of D are rm.py's with the same seed: only the gradient differs.
         model, tokenizer = rm.load_reward_model(args.model, args.seed)
         model.to(rm.pick_device())
         _, D = rm.encode_groups(model, tokenizer, pairs, args.data, args.max_length)
         _, S = rm.encode_groups(model, tokenizer, samples, args.meta, args.max_length)
         look = rm.look_at(args, model, tokenizer)
-        steps, batches_of_S = len(D) // args.batch_size * args.epochs, []
-        size, flag, seed = args.meta_batch_size, "--meta_batch_size", args.seed + 1_000_000
+        steps = len(D) // args.batch_size * args.epochs
+        batches_of_S = []
+        seed = args.seed + 1_000_000
         while len(batches_of_S) < steps:  # pass over S again, in a new order
-            batches_of_S += rm.epoch_batches([0] * len(S), size, seed, flag)
+            size = args.meta_batch_size
+            batches_of_S += rm.epoch_batches([0] * len(S), size, seed, "--meta_batch_size")
             seed += 1
-        # The paper has eta = alpha. AdamW moves each of P weights by about lr, so its step is
-        # lr * sqrt(P) long, and so is the climb. (lr decays to 0; eta does not.)
-        eta, weights = args.eta, sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if eta is None:
-            eta = args.lr * math.sqrt(weights) if args.normalize else args.lr
-        if not 0 <= eta < math.inf:
-            raise data.Mistake(f"--eta {eta}: the ascent needs a finite length of 0 or more")
-        climbing = {"eta": eta, "normalize": args.normalize}
+        warned = False
 
         def J(forward, groups):  # Eq. 2 on prompts of S
             with rm.autocast(model.device):
@@ -420,16 +551,25 @@ def train(args) -> None:
                 return rm.pair_loss(forward, model, tokenizer, groups)
 
         def step(optimizer, batch_of_D, number):  # one step of Algorithm 1
-            X_t, X_s = batch_of_D, [S[i] for i in batches_of_S[number]]
-            L_parts = micro_batches(L, X_t, args.micro_batch_size)
+            nonlocal warned
+            X_s = [S[i] for i in batches_of_S[number]]
+            L_parts = micro_batches(L, batch_of_D, args.micro_batch_size)
             J_parts = micro_batches(J, X_s, args.micro_batch_size)
-            info, how = {}, climbing | {"order": args.order, "max_grad_norm": args.max_grad_norm}
+            info = {}
+            how = climbing | {"order": args.order, "max_grad_norm": args.max_grad_norm}
             try:
                 if number % args.log_every == 0:
                     info = diagnostics(model, L_parts, J_parts, **climbing)
-                return info | metarm_step(model, optimizer, L_parts, J_parts, **how)
+                info |= metarm_step(model, optimizer, L_parts, J_parts, **how)
             except NotFinite as error:
                 raise data.Mistake(f"--out {args.out}, step {number}: {error}") from None
+            # Later losses are these, on other rows: their graphs need not be looked at again.
+            L.graph_is_known = J.graph_is_known = True
+            warning = warning_of(info, eta) if "rise" in info and not warned else ""
+            if warning:
+                warned = True
+                tqdm.write(warning, file=sys.stderr)
+            return info
 
         log = rm.fit(args, work, model, D, step, look)
         rm.save_model(model, tokenizer, work)
@@ -445,17 +585,21 @@ def main(argv: list[str] | None = None) -> int:
     import rm
 
     parser = data.new_parser("metarm.py", __doc__)
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     rm.training_options(parser)
     add("--meta", required=True, help="meta set S, .jsonl: a prompt and k responses per row")
-    add("--eta", type=float, help="of Eq. 3; default: as long as a step of AdamW at --lr")
-    add("--normalize", action=flag, default=True, help="ascend by eta * grad J / |grad J|")
+    add(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ascend by eta * grad J / |grad J|, so that --eta is the length of the climb",
+    )
+    default = f"default: a length of {DEFAULT_LENGTH}; with --no-normalize --lr, as in the paper"
+    add("--eta", type=float, help=f"of Eq. 3, theta' = theta + eta * grad J ({default})")
     add("--order", choices=["first", "exact"], default="first", help="exact takes twice as long")
     add("--meta_batch_size", type=int, default=16, help="m: prompts of S per step")
     add(
-        "--save_adapted",
-        default="",
-        help="folder for theta' of the trained model, on one batch of S",
+        "--save_adapted", default="", help="folder for theta' of the trained model, on a batch of S"
     )
     return data.command(parser, train, argv)
 

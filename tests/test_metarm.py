@@ -175,7 +175,7 @@ def test_quadratic_in_closed_form(normalize, shifts):
     for order, expected in zip(ORDER, (first, exact), strict=True):
         grads, info = metarm.meta_gradient(model, *losses, ETA, order, normalize)
         torch.testing.assert_close(grads, {"weight": expected[None]}, rtol=1e-12, atol=1e-12)
-        want = {"difference": J, "vanilla_loss_adapted": L_adapted, "moved": 1}
+        want = {"difference": J, "vanilla_loss_adapted": L_adapted}
         want |= {"meta_grad_norm": g_J.norm(), "grad_norm": expected.norm()}
         assert info == pytest.approx({name: float(x) for name, x in want.items()})
         for clip in (None, 0.05):  # Eq. 5: from theta
@@ -185,6 +185,10 @@ def test_quadratic_in_closed_form(normalize, shifts):
             torch.testing.assert_close(model.weight[0], w - 0.1 * shorter * expected)
             assert shorter <= 1 and model.weight.grad is None
             model.weight.data[0] = w
+    for loss, value, slope in [(losses[0], L, g_L), (losses[1], J, g_J)]:
+        found = metarm.gradient(model, loss)
+        torch.testing.assert_close(found[0], {"weight": slope[None]}, rtol=1e-12, atol=1e-12)
+        assert found[1] == pytest.approx(value.item(), rel=1e-12)
     adapted = metarm.adapted_parameters(model, losses[1], ETA, normalize)
     torch.testing.assert_close(adapted, {"weight": climbed[None]})
     assert not (adapted["weight"].requires_grad or grads["weight"].requires_grad)
@@ -193,7 +197,8 @@ def test_quadratic_in_closed_form(normalize, shifts):
     gain = step * g_L @ g_J  # Eqs. 6 to 8: L(theta') - L(theta), but for the second order
     torch.testing.assert_close(L_adapted - L, gain + step**2 / 2 * g_J @ A @ g_J)
     want = {"vanilla_loss": L, "first_order_gain": gain, "difference_adapted": J_adapted}
-    want["cosine"] = F.cosine_similarity(g_L, g_J, dim=0)
+    want |= {"loss_change": L_adapted - L, "cosine": F.cosine_similarity(g_L, g_J, dim=0)}
+    want |= {"rise": J_adapted - J, "predicted_rise": step * g_J @ g_J}
     seen = metarm.diagnostics(model, *losses, ETA, normalize)
     assert seen == pytest.approx({name: float(x) for name, x in want.items()})
 
@@ -296,7 +301,7 @@ def test_no_difference_to_climb_means_theta_stays(order, normalize):
     grads, info = metarm.meta_gradient(model, L_on(D), J, ETA, order, normalize)
     plain = plain_gradient(model, L_on(D))
     torch.testing.assert_close(vector(grads.values()), plain, rtol=1e-9, atol=1e-12)
-    assert info["meta_grad_norm"] == 0 == info["moved"]
+    assert info["meta_grad_norm"] == 0
     # At a minimum of J the gradient vanishes, its curvature does not: no NaN, no step of 1e12.
     toy = Weights(2, 1, bias=False, dtype=torch.float64)
     torch.nn.init.zeros_(toy.weight)
@@ -398,11 +403,9 @@ def test_half_precision():
     """bf16 weights do not feel a small eta; sums are made in float32 and rounded once."""
     for dtype, low, high in [(torch.bfloat16, 0, 0.01), (torch.float32, 0.3, 1)]:
         model = reward_model("llama", dtype)
-        _, info = metarm.meta_gradient(model, L_on(D), J_on(S), eta=5e-6)
-        assert low <= info["moved"] <= high
-    adapted = metarm.adapted_parameters(model, J_on(S), 5e-6)
-    changed = vector(adapted.values()) != vector(model.parameters())
-    assert info["moved"] == pytest.approx(changed.double().mean().item())
+        adapted = metarm.adapted_parameters(model, J_on(S), 5e-6)
+        changed = vector(adapted.values()) != vector(model.parameters())
+        assert low <= changed.double().mean() <= high
     bf16, fp16 = torch.ones(10, dtype=torch.bfloat16), torch.ones(10, dtype=torch.float16)
     assert metarm.plus(bf16, torch.tensor(1 + 2**-12), bf16 / 256)[0] == 1 + 2**-7
     assert metarm.plus(fp16, torch.tensor(1e5), 1e-5 * fp16)[0] == pytest.approx(2, rel=1e-3)
@@ -447,7 +450,8 @@ def test_grad_scaler(normalize, overflow):
     scaler.scale(J(model)).backward()
     if overflow:  # one infinite entry ahead of a tanh, which would turn it into a finite loss
         model[0].weight.grad[0, 0] = math.inf
-    with metarm.lookahead(model, ETA if normalize else ETA / scaler.get_scale(), normalize):
+    eta = ETA if normalize else ETA / scaler.get_scale()
+    with metarm.lookahead(model, eta, normalize, scaler_follows=True):
         scaler.scale(L(model)).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -468,24 +472,29 @@ def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path, monkeypat
     common = f"--model {policy_folder} --data {D} --batch_size 4 --epochs 2 --lr 1e-3 --seed 3"
     assert rm.main(f"{common} --out {tmp_path}/rm".split()) == 0
     expected = load_file(tmp_path / "rm/model.safetensors")
-    step, calls = metarm.metarm_step, []
+    step, cut, calls, drawn = metarm.metarm_step, metarm.micro_batches, [], []
 
-    def spy(*args, **how):
-        calls.append((args[3], how))
+    def spy_step(*args, **how):
+        calls.append(how)
         return step(*args, **how)
 
-    monkeypatch.setattr(metarm, "metarm_step", spy)
+    def spy_cut(loss, groups, size):
+        drawn.extend(str(prompt) for prompt in groups if len(prompt) == 3)  # k
+        return cut(loss, groups, size)
+
+    monkeypatch.setattr(metarm, "metarm_step", spy_step)
+    monkeypatch.setattr(metarm, "micro_batches", spy_cut)
     for order in ORDER:
         extra = f"--meta {S} --meta_batch_size 3 --micro_batch_size 3 --eta 0 --order {order}"
         assert metarm.main(f"{common} {extra} --out {tmp_path}/{order}".split()) == 0
         found = load_file(tmp_path / order / "model.safetensors")
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-        assert calls[-1][1]["order"] == order
-    drawn = [str(prompt) for J, _ in calls[:2] for part in J for prompt in part.__defaults__[0]]
-    assert len(drawn) == len(set(drawn)) == 6  # S goes on where the step before stopped
-    assert metarm.main(f"{common} --meta {S} --meta_batch_size 3 --out {tmp_path}/x".split()) == 0
-    length = 1e-3 * math.sqrt(sum(weight.numel() for weight in expected.values()))
-    assert calls[-1][1]["eta"] == pytest.approx(length)
+        assert calls[-1]["order"] == order
+    assert len(set(drawn[:6])) == 6  # S goes on where the step before stopped
+    for flag, eta in [("--normalize", metarm.DEFAULT_LENGTH), ("--no-normalize", 1e-3)]:
+        extra = f"--meta {S} --meta_batch_size 3 {flag} --out {tmp_path}/{flag}"
+        assert metarm.main(f"{common} {extra}".split()) == 0
+        assert calls[-1]["eta"] == eta and calls[-1]["normalize"] == (flag == "--normalize")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
