@@ -33,22 +33,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Parameters = dict[str, Tensor]
-Loss = Callable[[Callable], Tensor]  # forward -> scalar; `forward` is the model at some parameters
-Losses = Loss | list[Loss]  # a list: micro-batches of equal weight, whose mean is the loss
-Order = Literal["first", "exact"]
+Parameters = dict[str, Tensor]  # {name, as in model.named_parameters(): values}
+# A loss is a function forward -> scalar; `forward` stands for the model at some parameters. A list
+# of them: micro-batches of equal weight, whose mean is the loss.
+Losses = Callable | list[Callable]
 
-# |theta' - theta| of the command. The climb's length depends on how fast J bends, as SAM's rho does
-# on its loss, and neither on the learning rate nor on the number of weights.
+# The command's climb: |theta' - theta|. As with SAM's rho, what length is right depends on how soon
+# the loss bends, and not on the learning rate or on the number of weights.
 DEFAULT_LENGTH = 0.02
 
 
@@ -66,12 +63,12 @@ def difference_loss(rewards: Tensor) -> Tensor:
     """
     m, k = rewards.shape if rewards.dim() == 2 else (0, 0)
     if m < 1 or k < 2 or not rewards.is_floating_point():
-        got = f"{rewards.dtype} {tuple(rewards.shape)}"
-        raise ValueError(f"difference_loss needs float rewards of shape (m, k >= 2), got {got}")
-    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)  # all pairs i < j: (k(k-1)/2,)
-    # |.| has a kink at 0, where torch takes the slope 0: an exact tie is not pushed apart.
-    gaps = (rewards[:, i] - rewards[:, j]).abs()  # (m, k(k-1)/2)
-    return 2 / k**2 * gaps.sigmoid().sum(dim=1).mean()
+        raise ValueError(f"rewards must be (m, k >= 2), got {rewards.dtype} {tuple(rewards.shape)}")
+    # All pairs i < j of responses to one prompt: two index vectors of k(k-1)/2 entries.
+    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)
+    # The difference is (m, k(k-1)/2). |.| has a kink at 0, where torch takes the slope 0: an exact
+    # tie is not pushed apart.
+    return 2 / k**2 * (rewards[:, i] - rewards[:, j]).abs().sigmoid().sum(dim=1).mean()
 
 
 def climb(theta: Parameters, grad_J: Parameters, scale: Tensor) -> Parameters:
@@ -79,55 +76,45 @@ def climb(theta: Parameters, grad_J: Parameters, scale: Tensor) -> Parameters:
     return {name: plus(p, scale, grad_J[name]) for name, p in theta.items()}
 
 
-def gradient(model: Module, loss: Losses, at: Parameters | None = None) -> tuple[Parameters, float]:
-    """Returns ({name: gradient of the loss}, the loss) at theta; the model stays untouched.
+def gradient(model: nn.Module, loss: Losses, at: Parameters | None = None):
+    """Returns ({name: gradient of the loss}, the loss as a float) at theta. No weight is changed.
 
-    loss: as in `meta_gradient`. at: other parameters to take both at, theta' for example.
+    loss: as in `meta_gradient`. at: other parameters to take both at instead, as theta'.
     Raises: as `meta_gradient`.
     """
-    theta = theta_of(model)
-    parameters = theta if at is None else as_leaves(at)
+    parameters = theta_of(model) if at is None else as_leaves(at)
     places = everywhere(model, parameters)
 
-    def forward(*args, **kwargs):
+    def forward(*args, **kwargs):  # the model, with these in place of its own
         return functional_call(model, places, args, kwargs, tie_weights=False)
 
     value, grads = value_and_gradient(loss, forward, parameters)
-    found = finite_floats(loss=value, grad_norm=global_norm(grads.values()))
-    return grads, found["loss"]
+    return grads, finite_floats(loss=value, grad_norm=global_norm(grads.values()))["loss"]
 
 
-def meta_gradient(
-    model: Module,
-    vanilla_loss: Losses,
-    meta_loss: Losses,
-    eta: float,
-    order: Order = "first",
-    normalize: bool = False,
-) -> tuple[Parameters, dict[str, float]]:
+def meta_gradient(model, vanilla_loss, meta_loss, eta, order="first", normalize=False):
     """Returns (the gradient that Eq. 5 applies at theta, figures), by Eqs. 2 to 4.
 
-    vanilla_loss, meta_loss: functions forward -> scalar, L on X_t and J on X_s. They call
-        `forward(*args, **kwargs)` instead of the model, whose weights and .grad stay untouched.
+    vanilla_loss, meta_loss: functions forward -> scalar, L on X_t and J on X_s, or lists of them.
+        They call `forward(*args, **kwargs)` instead of the model, whose weights and .grad stay
+        untouched. The mean of a list is the loss: micro-batches, one in memory at a time.
     eta: with normalize=True the length of the climb, |theta' - theta|; with normalize=False the
         paper's factor, theta' = theta + eta * grad J.
     order: "first", as the authors run it; "exact" also differentiates theta' by theta, as MAML
         does. It keeps the graphs of all micro-batches of J; a smaller X_s saves memory.
-    The gradient has a tensor for every trainable parameter. Figures: `difference` J(theta),
-    `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`.
+    The gradient is {name: tensor}, of every trainable parameter. Figures, as floats: `difference`
+    J(theta), `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`.
     Raises: ValueError on bad arguments, and on models that cannot be called at other parameters
         (DDP, FSDP2, gradient checkpointing: use `lookahead`); NotFinite on NaN and infinity.
     """
     if order not in ("first", "exact"):
         raise ValueError(f"order must be 'first' or 'exact', got {order!r}")
     exact = order == "exact"
-    theta = theta_of(model)
+    theta = theta_of(model)  # {name: (shape of the weight)}
 
-    def forward_at(parameters: Parameters) -> Callable:  # the model, with these in place of its own
+    def forward_at(parameters):  # the model, with these in place of its own, for one call
         places = everywhere(model, parameters)
-        return lambda *args, **kwargs: functional_call(
-            model, places, args, kwargs, tie_weights=False
-        )
+        return lambda *args, **kw: functional_call(model, places, args, kw, tie_weights=False)
 
     # J on X_s at theta (Eq. 2), and its gradient. The exact order needs that gradient's own graph,
     # and the math attention kernel: the fused ones have no second derivative.
@@ -149,9 +136,8 @@ def meta_gradient(
     # it comes to (I + eta * Hessian of J) grads; with it, 1/|grad J| is differentiated, too.
     if exact:
         outputs = list(theta_prime.values())
-        inputs = list(theta.values())
-        with sdpa_kernel(SDPBackend.MATH):
-            product = torch.autograd.grad(outputs, inputs, grad_outputs=list(grads.values()))
+        with sdpa_kernel(SDPBackend.MATH):  # the backward pass of that graph picks kernels, too
+            product = torch.autograd.grad(outputs, list(theta.values()), list(grads.values()))
         grads = dict(zip(theta, product, strict=True))
 
     info = {"difference": J, "meta_grad_norm": meta_grad_norm, "vanilla_loss_adapted": L}
@@ -159,12 +145,12 @@ def meta_gradient(
 
 
 def metarm_step(
-    model: Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     vanilla_loss: Losses,
     meta_loss: Losses,
     eta: float,
-    order: Order = "first",
+    order: str = "first",
     normalize: bool = False,
     max_grad_norm: float | None = None,
 ) -> dict[str, float]:
@@ -178,36 +164,31 @@ def metarm_step(
     grads, info = meta_gradient(model, vanilla_loss, meta_loss, eta, order, normalize)
     # theta <- theta - alpha * grads (Eq. 5), from the ORIGINAL parameters: the model never left
     # them. Literally so with SGD; AdamW makes its own step of the same gradient.
-    parameters = [p for name, p in model.named_parameters() if name in grads]
-    for p, grad in zip(parameters, grads.values(), strict=True):
-        p.grad = grad
+    for name, p in model.named_parameters():
+        p.grad = grads.get(name)
     if max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
-    for p in parameters:
-        p.grad = None
+    model.zero_grad()  # sets every .grad to None
     return info
 
 
 @contextmanager
-def lookahead(
-    model: Module, eta: float, normalize: bool = False, scaler_follows: bool = False
-) -> Iterator[None]:
+def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Iterator[None]:
     """Moves the model to theta' in place and back, for DDP, FSDP2, TRL and gradient checkpointing.
 
         J(model).backward()                 # p.grad is grad J, of ALL micro-batches of S
-        with metarm.lookahead(model, eta=0.02, normalize=True):  # at theta', p.grad is None
-            L(model).backward()             # forward AND backward, of ALL micro-batches of D
+        with metarm.lookahead(model, eta=0.02, normalize=True):
+            L(model).backward()             # at theta', forward AND backward: ALL of D's
         optimizer.step()                    # the model is at theta, p.grad is grad L(theta')
 
-    First order. eta, normalize: as in `meta_gradient`.
-    scaler_follows: p.grad has been scaled by a GradScaler. Where grad J has overflowed, all of
-        grad L becomes NaN, so that the scaler skips the step. Without normalize, pass
-        eta / scaler.get_scale().
-    Raises: NotFinite on NaN and infinity in grad J, unless scaler_follows; ValueError on a bad eta,
-        without a gradient, on running statistics, or normalised under FSDP1 (a shard does not know
-        the norm of the whole); RuntimeError if FSDP2 failed inside its forward.
-    Source: paper, Eqs. 3 and 4.
+    First order. eta, normalize: as in `meta_gradient`. Without normalize, and under a GradScaler,
+        pass eta / scaler.get_scale(), since p.grad is scaled.
+    scaler_follows: say so if a GradScaler looks at p.grad before its step. An overflow in grad J
+        then makes all of grad L NaN, so that it skips the step, instead of raising NotFinite.
+    Raises: NotFinite on NaN and infinity in grad J; ValueError on a bad eta, without a gradient, on
+        BatchNorm in train mode, or normalised under FSDP1 (a shard does not know the norm of the
+        whole); RuntimeError if FSDP2 failed inside its forward. Source: paper, Eqs. 3 and 4.
     """
     refuse_running_statistics(model)
     reshard(model)
@@ -219,13 +200,11 @@ def lookahead(
         raise ValueError("lookahead: no parameter has a gradient; back-propagate J before it")
     if normalize and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError("lookahead: FSDP1 does not know |grad J|; use FSDP2, or normalize=False")
-    scale = step_scale(grads, eta, normalize)
-    norm = global_norm(grads)
+    # 0 * norm: after an overflow, all of theta' is NaN, and so is grad L. (A tanh can turn a single
+    # infinite weight into a finite loss, and GradScaler would take that step.)
+    scale = step_scale(grads, eta, normalize) + 0 * global_norm(grads)
     if not scaler_follows:
-        finite_floats(meta_grad_norm=norm)
-    # Else make all of theta' NaN, and so grad L. (A tanh can turn one infinite weight into a finite
-    # loss, and GradScaler would take that step.)
-    scale = scale + 0 * norm
+        finite_floats(grad_J=scale)
     del grads  # L needs the memory
     theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step would round
     try:
@@ -237,7 +216,7 @@ def lookahead(
         # Autocast caches bf16 copies of the weights. Clear them, or L would be computed at theta.
         torch.clear_autocast_cache()
         yield  # Eq. 4
-    finally:
+    finally:  # also when L has raised
         reshard(model)
         with torch.no_grad():
             for p, original in zip(parameters, theta, strict=True):
@@ -247,9 +226,7 @@ def lookahead(
             raise RuntimeError("lookahead: FSDP2 failed inside its forward; build the model anew")
 
 
-def adapted_parameters(
-    model: Module, meta_loss: Losses, eta: float, normalize: bool = False
-) -> Parameters:
+def adapted_parameters(model: nn.Module, meta_loss: Losses, eta: float, normalize: bool = False):
     """Returns theta' of Eq. 3, {name: tensor}; the model stays untouched.
 
     Algorithm 1 keeps theta, but it is at theta' that L was minimised. To measure theta', load it:
@@ -260,103 +237,82 @@ def adapted_parameters(
         return climb(theta_of(model), grad_J, step_scale(grad_J.values(), eta, normalize))
 
 
-def diagnostics(
-    model: Module, vanilla_loss: Losses, meta_loss: Losses, eta: float, normalize: bool = False
-) -> dict[str, float]:
+def diagnostics(model, vanilla_loss, meta_loss, eta, normalize=False) -> dict[str, float]:
     """Returns Eqs. 6 to 8 in numbers: L(theta') = L(theta) + eta * grad L . grad J + o(eta).
 
-    Two pairs tell whether the climb is short enough for that: the left one is the change, the right
-    one its first-order prediction.
+    Is the climb short enough for that? Compare two changes with what the slope predicts:
         `rise`         J(theta') - J(theta)    `predicted_rise`    (theta' - theta) . grad J
         `loss_change`  L(theta') - L(theta)    `first_order_gain`  (theta' - theta) . grad L
     `cosine` of grad L and grad J: above 0, climbing J raises L, so the two aims conflict on these
-    batches. `vanilla_loss` L(theta), `difference_adapted` J(theta').
-    Costs about as much as a step and a half. Arguments and errors as in `meta_gradient`.
+    batches. `vanilla_loss` L(theta), `difference_adapted` J(theta'). Costs about 1.5 steps.
+    Arguments and errors as in `meta_gradient`. Source: paper, Eqs. 6 to 8.
     """
     grad_J, J = gradient(model, meta_loss)
     grad_L, L = gradient(model, vanilla_loss)
     scale = step_scale(grad_J.values(), eta, normalize)
+    theta_prime = climb(theta_of(model), grad_J, scale)
+    _, J_prime = gradient(model, meta_loss, at=theta_prime)
+    _, L_prime = gradient(model, vanilla_loss, at=theta_prime)
     norm_J = global_norm(grad_J.values())
     norm_L = global_norm(grad_L.values())
     dot = sum((grad_L[name] * grad_J[name]).sum().to(scale.device) for name in grad_J)
-    del grad_L  # the two gradients at theta' need the memory
-    theta_prime = climb(theta_of(model), grad_J, scale)
-    _, J_adapted = gradient(model, meta_loss, theta_prime)
-    _, L_adapted = gradient(model, vanilla_loss, theta_prime)
-    return {
-        "vanilla_loss": L,
-        "loss_change": L_adapted - L,
-        "first_order_gain": float(scale * dot),
-        "cosine": float(dot / (norm_L * norm_J + 1e-12)),
-        "difference_adapted": J_adapted,
-        "rise": J_adapted - J,
-        "predicted_rise": float(scale * norm_J**2),
-    }
+    # theta' - theta is scale * grad J, so both predictions are dot products with grad J.
+    found = {"vanilla_loss": L, "loss_change": L_prime - L, "first_order_gain": float(scale * dot)}
+    found |= {"cosine": float(dot / (norm_L * norm_J + 1e-12)), "difference_adapted": J_prime}
+    return found | {"rise": J_prime - J, "predicted_rise": float(scale * norm_J**2)}
 
 
-# A reader of the paper may stop here. What follows is bookkeeping for PyTorch, then the command.
-# ---------------------------------------------------- guards: models and losses that give no theta'
+# A reader of the paper may stop here. What follows is the bookkeeping that PyTorch asks for, and
+# the command.
+# ------------------------------- guards: models and losses that cannot be had at other parameters
 def refuse_model(model) -> None:
     """Raises ValueError on a model that cannot be called at other parameters than its own."""
-    ddp = torch.nn.parallel.DistributedDataParallel
-    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-    if sharded or any(isinstance(module, ddp) for module in model.modules()):
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if wrapped or any(hasattr(p, "full_tensor") for p in model.parameters()):  # or a DTensor
         raise ValueError("a DDP or FSDP2 model has one set of parameters; use metarm.lookahead")
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
         raise ValueError("hooks on parameters would not see this gradient; use metarm.lookahead")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no trainable parameters: requires_grad is False for all")
     refuse_running_statistics(model)
 
 
 def refuse_running_statistics(model) -> None:
-    """Raises ValueError on BatchNorm and its kin in train mode: theta' would leave a trace."""
-    for name, module in model.named_modules():
-        if module.training and getattr(module, "track_running_stats", False):
-            what = f"{name} ({type(module).__name__}) would take in S, and D at theta'"
-            raise ValueError(f"the running statistics of {what}; call model.eval()")
+    """Raises ValueError on BatchNorm and its kin in train mode: theta' would leave a trace there.
 
-
-NO_CHECKPOINTING = (
-    "gradient checkpointing runs the model again in the backward pass, at theta instead of theta'; "
-    "use metarm.lookahead, or turn it off"
-)
-
-
-@contextmanager
-def refuse_checkpointing() -> Iterator[None]:
-    """Raises ValueError on checkpointing of the newer kind, which is made of these hooks."""
-    try:
-        with disable_saved_tensors_hooks(NO_CHECKPOINTING):
-            yield
-    except RuntimeError as error:
-        if NO_CHECKPOINTING not in str(error):
-            raise
-        raise ValueError(NO_CHECKPOINTING) from None
-
-
-def refuse_graph(value: Tensor, create_graph: bool) -> None:
-    """Raises ValueError where a loss's graph shows that its gradient would not be that at theta'.
-
-    It visits every operation, some 20 ms for a model of 30 layers. A loss with an attribute
-    `graph_is_known = True` is not looked at: for a loop that makes the same losses in every step.
+    They would take in S, and D at theta'. (A reward should not depend on its batch, either.)
     """
-    seen = set()
-    todo = [value.grad_fn]
-    while todo:
+    if any(m.training and getattr(m, "track_running_stats", False) for m in model.modules()):
+        raise ValueError("running statistics (BatchNorm) would take in theta'; call model.eval()")
+
+
+CHECKPOINTS = "gradient checkpointing runs layers again at theta, not theta'; use metarm.lookahead"
+
+
+def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
+    """Returns loss(forward); raises ValueError if its gradient would not be that at `forward`'s.
+
+    This looks at every operation, some 20 ms for a model of 30 layers. A loop that makes the same
+    loss in each step, on other rows, may set `loss.graph_is_known = True` after the first step.
+    """
+    try:
+        # Checkpointing is made of such hooks (but the older kind, "reentrant", is not: see below).
+        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTS):
+            value = loss(forward)
+    except RuntimeError as error:
+        raise (ValueError(error) if CHECKPOINTS in str(error) else error) from None
+    todo = [] if getattr(loss, "graph_is_known", False) else [value.grad_fn]
+    seen = {None, *todo}  # None: an input that needs no gradient
+    while todo and value.requires_grad:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo += [function for function, _ in node.next_functions]
-        if node.name() == "CheckpointFunctionBackward":  # the older, "reentrant" kind
-            raise ValueError(NO_CHECKPOINTING)
-        if create_graph and node.name().startswith("CompiledFunction"):
-            raise ValueError(
-                "torch.compile has no second derivative; use order='first', or no compile"
-            )
-        if isinstance(getattr(node, "variable", None), torch.nn.Parameter):  # not one of the leaves
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(CHECKPOINTS)
+        if node.name() == "CompiledFunctionBackward" and create_graph:
+            raise ValueError("torch.compile has no second derivative; use order='first'")
+        if isinstance(getattr(node, "variable", None), nn.Parameter):  # ours are plain tensors
             raise ValueError("a loss uses parameters of a model itself: call `forward` only")
+        new = {function for function, _ in node.next_functions} - seen
+        seen |= new
+        todo += new
+    return value
 
 
 # --------------------------------------------------------------------------------------- numerics
@@ -367,7 +323,7 @@ def theta_of(model) -> Parameters:
 
 
 def as_leaves(parameters: Parameters) -> Parameters:
-    """Returns the same values, to be differentiated by: gradients stop here."""
+    """Returns the same values as inputs of a new graph: a gradient ends here."""
     return {name: p.detach().requires_grad_() for name, p in parameters.items()}
 
 
@@ -377,12 +333,11 @@ def everywhere(model, parameters: Parameters) -> Parameters:
     A tied weight stands in two modules, and a module may have two names. functional_call would find
     tied weights by itself, but it would leave theta' in a module that has two names.
     """
+    new = {id(p): parameters[name] for name, p in model.named_parameters() if p.requires_grad}
     places = {}
-    name_of = {id(p): name for name, p in model.named_parameters()}
     for prefix, module in model.named_modules():  # each module once, under its first name
-        for place, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            if p.requires_grad:
-                places[place] = parameters[name_of[id(p)]]
+        held = module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+        places |= {place: new[id(p)] for place, p in held if id(p) in new}
     return places
 
 
@@ -390,38 +345,27 @@ def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_g
     """Returns (mean of the losses, {name: its gradient}), one micro-batch after the other."""
     losses = [losses] if callable(losses) else list(losses)
     leaves = list(parameters.values())
-    total = 0.0
-    sums = [None] * len(leaves)
+    total = 0.0  # soon a tensor: as a float it would wait for the GPU in every micro-batch
     for loss in losses:
-        with refuse_checkpointing():
-            value = loss(forward) / len(losses)
-        if not getattr(loss, "graph_is_known", False):
-            refuse_graph(value, create_graph)
-        total = total + value.detach()  # a tensor: a float would wait for the GPU in every part
+        value = guarded(loss, forward, create_graph) / len(losses)
+        # With create_graph, all graphs are needed at the end. Without it, each is freed by its own
+        # backward pass, which adds to the leaves' .grad in place.
+        total = total + (value if create_graph else value.detach())
         if value.requires_grad and not create_graph:
-            value.backward(inputs=leaves)  # adds up in the .grad of these leaves, in place
-        elif value.requires_grad:
-            # Not in .grad: with a graph behind it, that would be a cycle, and never be freed.
-            new = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-            sums = [add(a, b) for a, b in zip(sums, new, strict=True)]
+            value.backward(inputs=leaves)
+    grads = [p.grad for p in leaves]
+    if create_graph and total.requires_grad:
+        # Never by .grad: a leaf whose .grad has a graph back to the leaf is not freed.
+        grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
     torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of the leaves
-    if not create_graph:
-        sums = [p.grad for p in leaves]
-        for p in leaves:
-            p.grad = None
-    if all(grad is None for grad in sums):
-        fix = "it must call the `forward` it is given, not the model, and not under no_grad()"
-        raise ValueError(f"a loss does not depend on the trainable parameters: {fix}")
+    if all(grad is None for grad in grads):
+        fix = "call `forward`, and not under no_grad(); or the model has no trainable parameters"
+        raise ValueError(f"a loss does not depend on theta: {fix}")
+    for p in leaves:
+        p.grad = None
     # A parameter without a part in the loss gets zeros.
-    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, sums, strict=True)]
-    return total, dict(zip(parameters, grads, strict=True))
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Returns a + b, where None is nothing."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+    return total.detach(), dict(zip(parameters, grads, strict=True))
 
 
 def step_scale(grads, eta: float, normalize: bool) -> Tensor:
@@ -434,9 +378,7 @@ def step_scale(grads, eta: float, normalize: bool) -> Tensor:
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number >= 0, got {eta}")
     norm = global_norm(grads)
-    if not normalize:
-        return torch.full_like(norm, eta)
-    return eta / (norm + 1e-12) * (norm > 0)
+    return eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta)
 
 
 def plus(a: Tensor, scale: Tensor, b: Tensor) -> Tensor:
@@ -452,16 +394,16 @@ def global_norm(tensors) -> Tensor:
             raise ValueError("MetaRM needs dense gradients; build the Embedding with sparse=False")
         norm = torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
         norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    # The norm of the norms; .to, because a model may lie on several devices.
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 def finite_floats(**tensors: Tensor) -> dict[str, float]:
     """Returns the tensors as floats (only here we wait for the device). Raises NotFinite."""
     found = {name: float(value.detach()) for name, value in tensors.items()}
-    for name, value in found.items():
-        if not math.isfinite(value):
-            fix = "look for NaN in weights and batch, or lower eta or the learning rate"
-            raise NotFinite(f"{name} is {value}: {fix}")
+    bad = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+    if bad:
+        raise NotFinite(f"{bad[0]}: look for NaN in weights and batch, or lower eta or the rate")
     return found
 
 
@@ -473,55 +415,30 @@ def reshard(model) -> None:
 
 
 # ------------------------------------------------------------------------------------- the command
-def micro_batches(loss: Callable, groups: list, size: int) -> list[Loss]:
+def micro_batches(loss: Callable, groups: list, size: int) -> list[Callable]:
     """Returns losses of equal weight, each of `size` groups; loss: (forward, groups) -> mean."""
     chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
+    # The losses of a list count alike. A smaller last chunk must count less than the others, so its
+    # mean is multiplied by its size over the average size (that is 1 where all sizes are equal).
     average = len(groups) / len(chunks)
-
-    def part(chunk: list) -> Loss:
-        # The losses of a list count alike, but a smaller last chunk must count less: so its mean
-        # is multiplied by its size over the average size (1 where all are of one size).
-        def loss_of_chunk(forward):
-            return len(chunk) / average * loss(forward, chunk)
-
-        loss_of_chunk.graph_is_known = getattr(loss, "graph_is_known", False)
-        return loss_of_chunk
-
-    return [part(chunk) for chunk in chunks]
-
-
-def warning_of(look: dict[str, float], eta: float) -> str:
-    """Returns one line if the climb did not raise J as its slope predicts, "" if it did."""
-    rise = look["rise"]
-    predicted = look["predicted_rise"]
-    if abs(rise - predicted) <= 0.5 * predicted + 1e-6:  # J itself is rounded at about 1e-7
-        return ""
-    # A rise this small is lost in the rounding of bf16. Any other climb has left the straight part.
-    fix = "smaller" if max(abs(rise), predicted) > 1e-3 else "larger"
-    what = f"one climb changed J by {rise:.2g}, and its slope predicts {predicted:.2g} (Eq. 8)"
-    return f"metarm.py: warning: {what}; give a {fix} --eta than {eta:.3g}"
+    parts = [lambda forward, c=chunk: len(c) / average * loss(forward, c) for chunk in chunks]
+    for part in parts:
+        part.graph_is_known = getattr(loss, "graph_is_known", False)
+    return parts
 
 
 def train(args) -> None:
     """The command: Algorithm 1 on D and S."""
-    from tqdm import tqdm
-
     import data
     import rm
 
-    if args.save_adapted:
-        out = Path(args.out).resolve()
-        other = Path(args.save_adapted).resolve()
-        if out in (other, *other.parents) or other in out.parents:
-            raise data.Mistake(f"--save_adapted {args.save_adapted}: name a folder outside --out")
+    out, adapted = (Path(folder).resolve() for folder in (args.out, args.save_adapted))
+    if args.save_adapted and (out in (adapted, *adapted.parents) or adapted in out.parents):
+        raise data.Mistake(f"--save_adapted {args.save_adapted}: name a folder outside --out")
     eta = args.eta
-    if (
-        eta is None
-    ):  # without normalize as in the paper, alpha = eta. (lr decays to 0; eta does not.)
+    if eta is None:  # as a factor: eta = alpha, as in the paper. (lr decays to 0; eta does not.)
         eta = DEFAULT_LENGTH if args.normalize else args.lr
-    if not 0 <= eta < math.inf:
-        raise data.Mistake(f"--eta {eta}: the ascent needs a finite length of 0 or more")
-    climbing = {"eta": eta, "normalize": args.normalize}
+    options = (eta, args.order, args.normalize, args.max_grad_norm)  # of metarm_step
     pairs = data.read_preferences(args.data)
     samples = data.read_meta(args.meta)
     adapted_folder = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
@@ -531,76 +448,66 @@ def train(args) -> None:
         model.to(rm.pick_device())
         _, D = rm.encode_groups(model, tokenizer, pairs, args.data, args.max_length)
         _, S = rm.encode_groups(model, tokenizer, samples, args.meta, args.max_length)
-        look = rm.look_at(args, model, tokenizer)
-        steps = len(D) // args.batch_size * args.epochs
-        batches_of_S = []
-        seed = args.seed + 1_000_000
-        while len(batches_of_S) < steps:  # pass over S again, in a new order
-            size = args.meta_batch_size
-            batches_of_S += rm.epoch_batches([0] * len(S), size, seed, "--meta_batch_size")
+        # Draw S for all steps first, as rm.fit does D: a resumed run then knows the rest.
+        drawn = []  # the prompts of S of each step: m indices
+        seed = args.seed + 1_000_000  # not the order of D
+        while len(drawn) < len(D) // args.batch_size * args.epochs:  # one more pass over S
+            drawn += rm.epoch_batches([0] * len(S), args.meta_batch_size, seed, "--meta_batch_size")
             seed += 1
-        warned = False
+        warned = []
 
         def J(forward, groups):  # Eq. 2 on prompts of S
             with rm.autocast(model.device):
                 rewards = rm.rewards_of(forward, model, tokenizer, groups)  # (m k,)
-                return difference_loss(rewards.view(len(groups), -1))
+                return difference_loss(rewards.view(len(groups), -1))  # (m, k) -> scalar
 
         def L(forward, groups):  # Eq. 1 on pairs of D
             with rm.autocast(model.device):
                 return rm.pair_loss(forward, model, tokenizer, groups)
 
-        def step(optimizer, batch_of_D, number):  # one step of Algorithm 1
-            nonlocal warned
-            X_s = [S[i] for i in batches_of_S[number]]
-            L_parts = micro_batches(L, batch_of_D, args.micro_batch_size)
-            J_parts = micro_batches(J, X_s, args.micro_batch_size)
-            info = {}
-            how = climbing | {"order": args.order, "max_grad_norm": args.max_grad_norm}
+        def step(optimizer, X_t, number):  # one step of Algorithm 1
+            L_parts = micro_batches(L, X_t, args.micro_batch_size)
+            J_parts = micro_batches(J, [S[i] for i in drawn[number]], args.micro_batch_size)
+            looks = number % args.log_every == 0
             try:
-                if number % args.log_every == 0:
-                    info = diagnostics(model, L_parts, J_parts, **climbing)
-                info |= metarm_step(model, optimizer, L_parts, J_parts, **how)
+                info = diagnostics(model, L_parts, J_parts, eta, args.normalize) if looks else {}
+                info |= metarm_step(model, optimizer, L_parts, J_parts, *options)
             except NotFinite as error:
                 raise data.Mistake(f"--out {args.out}, step {number}: {error}") from None
-            # Later losses are these, on other rows: their graphs need not be looked at again.
+            # The losses of later steps are these on other rows: no need to look at their graphs.
             L.graph_is_known = J.graph_is_known = True
-            warning = warning_of(info, eta) if "rise" in info and not warned else ""
-            if warning:
-                warned = True
-                tqdm.write(warning, file=sys.stderr)
+            # Once, and not at step 0: a new head's rewards are nearly equal, where J has its kinks.
+            if looks and number > 0 and not warned:
+                rise, predicted = info["rise"], info["predicted_rise"]
+                if abs(rise - predicted) > 0.5 * predicted + 1e-6:  # float32 rounds J by 1e-7
+                    warned.append(f"J rose by {rise:.2g}, Eq. 8 predicts {predicted:.2g}")
+                    fix = f"lower --eta {eta:.2g} (or raise it, if that is mere rounding)"
+                    print(f"\nmetarm.py: warning: {warned[0]}: {fix}", file=sys.stderr)
             return info
 
-        log = rm.fit(args, work, model, D, step, look)
+        log = rm.fit(args, work, model, D, step, rm.look_at(args, model, tokenizer))
         rm.save_model(model, tokenizer, work)
         if args.save_adapted:  # one climb from the trained theta, on one batch of S as in training
-            J_parts = micro_batches(J, [S[i] for i in batches_of_S[0]], args.micro_batch_size)
-            model.load_state_dict(adapted_parameters(model, J_parts, **climbing), strict=False)
+            J_parts = micro_batches(J, [S[i] for i in drawn[0]], args.micro_batch_size)
+            theta_prime = adapted_parameters(model, J_parts, eta, args.normalize)
+            model.load_state_dict(theta_prime, strict=False)
             rm.save_model(model, tokenizer, adapted_work)
     print(f"{args.out}: {len(D)} pairs, {len(S)} prompts of S; at the end {log[-1]}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    import data
-    import rm
+    from rm import data, training_options
 
     parser = data.new_parser("metarm.py", __doc__)
+    training_options(parser)
     add = parser.add_argument
-    rm.training_options(parser)
     add("--meta", required=True, help="meta set S, .jsonl: a prompt and k responses per row")
-    add(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="ascend by eta * grad J / |grad J|, so that --eta is the length of the climb",
-    )
-    default = f"default: a length of {DEFAULT_LENGTH}; with --no-normalize --lr, as in the paper"
-    add("--eta", type=float, help=f"of Eq. 3, theta' = theta + eta * grad J ({default})")
+    add("--normalize", action=argparse.BooleanOptionalAction, default=True, help="eta is a length")
+    # Of Eq. 3. Without --normalize it is the paper's factor before grad J, and --lr by default.
+    add("--eta", type=float, help=f"how far to climb (a length of {DEFAULT_LENGTH}; or --lr)")
     add("--order", choices=["first", "exact"], default="first", help="exact takes twice as long")
     add("--meta_batch_size", type=int, default=16, help="m: prompts of S per step")
-    add(
-        "--save_adapted", default="", help="folder for theta' of the trained model, on a batch of S"
-    )
+    add("--save_adapted", default="", help="folder for theta' of the trained model, on one batch")
     return data.command(parser, train, argv)
 
 

@@ -1,6 +1,8 @@
 """metarm.py against independent calculations: loops, closed forms, finite differences."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -351,6 +353,82 @@ def test_hidden_recomputation_is_refused(order, reentrant):
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, expected)
 
 
+@ORDERS
+def test_a_loss_that_raises_leaves_no_graph(order):
+    model, L, J = small_net()
+
+    class Token:
+        pass
+
+    def marked(forward):  # its graph, while it lives, holds the token
+        value, token = J(forward), Token()
+        tokens.append(weakref.ref(token))
+        value.register_hook(lambda grad, held=token: grad)
+        return value
+
+    def fails(forward):
+        raise KeyError
+
+    for losses in [(L, [marked, fails]), (fails, [marked, marked])]:
+        tokens = []
+        with pytest.raises(KeyError):
+            metarm.metarm_step(model, torch.optim.SGD(model.parameters()), *losses, ETA, order)
+        gc.collect()
+        assert tokens and all(token() is None for token in tokens)
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.BatchNorm1d(7), torch.nn.InstanceNorm1d(12, track_running_stats=True)]
+)
+def test_running_statistics_are_refused_in_train_mode(layer):
+    net, L, J = small_net()
+    model = torch.nn.Sequential(net[0], layer, *net[1:])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    J(model).backward()
+    before = vector(layer.buffers())
+    for call in (metarm.gradient, metarm.adapted_parameters):
+        with pytest.raises(ValueError, match=r"model.eval\(\)"):
+            call(model, J, *([ETA] if call is metarm.adapted_parameters else []))
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        metarm.diagnostics(model, L, J, ETA)
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        metarm.metarm_step(model, optimizer, L, J, ETA)
+    with pytest.raises(ValueError, match=r"model.eval\(\)"), metarm.lookahead(model, ETA):
+        pass
+    model.eval()
+    metarm.diagnostics(model, L, J, ETA)
+    metarm.metarm_step(model, optimizer, L, J, ETA)
+    assert torch.equal(vector(layer.buffers()), before)
+    model.train()
+    layer.track_running_stats = False  # nothing to leave a trace in
+    metarm.metarm_step(model, optimizer, L, J, ETA)
+
+
+@ORDERS
+def test_compiled_models_and_sparse_gradients(order):
+    model, L, J = small_net()
+    expected, _ = metarm.meta_gradient(model, L, J, ETA, order)
+    model[2] = torch.compile(model[2], backend="aot_eager")
+    if order == "exact":
+        with pytest.raises(ValueError, match="order='first'"):
+            metarm.meta_gradient(model, L, J, ETA, order)
+    else:
+        found, _ = metarm.meta_gradient(model, L, J, ETA, order)
+        torch.testing.assert_close(list(found.values()), list(expected.values()))
+    torch._dynamo.reset()
+    net = torch.nn.Sequential(torch.nn.Embedding(9, 1, sparse=True), torch.nn.Tanh())
+    ids = torch.arange(6)
+    losses = (
+        lambda f: bradley_terry(f(ids)[:, 0]),
+        lambda f: metarm.difference_loss(f(ids).view(-1, K)),
+    )
+    with pytest.raises(ValueError, match="sparse=False"):
+        metarm.meta_gradient(net, *losses, ETA, order)
+    losses[1](net).backward()
+    with pytest.raises(ValueError, match="sparse=False"), metarm.lookahead(net, ETA):
+        pass
+
+
 # --------------------------------------------------------------------------- the lookahead in place
 
 
@@ -438,6 +516,19 @@ def test_one_autocast_region_round_everything(monkeypatch):
     assert (run(cache=True)[0] - expected[0]).norm() > 0.05 * expected[0].norm()
 
 
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+@NORMALIZE
+def test_an_overflow_in_grad_J_is_refused_where_no_scaler_follows(normalize, wrong):
+    model, _, J = small_net()
+    before = vector(model.parameters())
+    J(model).backward()
+    model[0].weight.grad[0, 0] = wrong
+    with pytest.raises(metarm.NotFinite, match="grad_J is nan") as error:
+        with metarm.lookahead(model, ETA, normalize):
+            raise AssertionError("the model has been moved")
+    assert "\n" not in str(error.value) and torch.equal(vector(model.parameters()), before)
+
+
 @NORMALIZE
 @pytest.mark.parametrize("overflow", [False, True])
 def test_grad_scaler(normalize, overflow):
@@ -472,14 +563,16 @@ def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path, monkeypat
     common = f"--model {policy_folder} --data {D} --batch_size 4 --epochs 2 --lr 1e-3 --seed 3"
     assert rm.main(f"{common} --out {tmp_path}/rm".split()) == 0
     expected = load_file(tmp_path / "rm/model.safetensors")
-    step, cut, calls, drawn = metarm.metarm_step, metarm.micro_batches, [], []
+    step, cut = metarm.metarm_step, metarm.micro_batches
+    calls, drawn, known = [], [], []
 
-    def spy_step(*args, **how):
-        calls.append(how)
-        return step(*args, **how)
+    def spy_step(*args):
+        calls.append(args[4:])
+        return step(*args)
 
     def spy_cut(loss, groups, size):
         drawn.extend(str(prompt) for prompt in groups if len(prompt) == 3)  # k
+        known.append(getattr(loss, "graph_is_known", False))
         return cut(loss, groups, size)
 
     monkeypatch.setattr(metarm, "metarm_step", spy_step)
@@ -489,12 +582,24 @@ def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path, monkeypat
         assert metarm.main(f"{common} {extra} --out {tmp_path}/{order}".split()) == 0
         found = load_file(tmp_path / order / "model.safetensors")
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-        assert calls[-1]["order"] == order
+        assert calls[-1][1] == order
     assert len(set(drawn[:6])) == 6  # S goes on where the step before stopped
+    assert known == 2 * (2 * [False] + 6 * [True])  # graphs are looked at in a command's first step
     for flag, eta in [("--normalize", metarm.DEFAULT_LENGTH), ("--no-normalize", 1e-3)]:
         extra = f"--meta {S} --meta_batch_size 3 {flag} --out {tmp_path}/{flag}"
         assert metarm.main(f"{common} {extra}".split()) == 0
-        assert calls[-1]["eta"] == eta and calls[-1]["normalize"] == (flag == "--normalize")
+        assert calls[-1] == (eta, "first", flag == "--normalize", 1.0)
+
+
+def test_the_command_says_once_that_a_climb_is_too_long(policy_folder, tmp_path, capsys):
+    D, S = make_pairs(9), [{"prompt": str(i), "responses": [" a", " b", f" {i}"]} for i in range(7)]
+    D, S = write_rows(tmp_path / "D.jsonl", D), write_rows(tmp_path / "S.jsonl", S)
+    common = f"--model {policy_folder} --data {D} --meta {S} --batch_size 3 --meta_batch_size 3"
+    for eta, warnings in [(1e-3, 0), (20, 1)]:
+        run = f"{common} --log_every 1 --eta {eta} --out {tmp_path}/{eta}"
+        assert metarm.main(run.split()) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert len(said) == warnings and all(f"lower --eta {eta}" in line for line in said)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
