@@ -10,15 +10,16 @@ it at theta. Dou et al., "MetaRM" (arXiv 2405.00438; AAAI 2025, whose equation n
         sample X_t, n pairs of D, and X_s, m prompts of S              train (by rm.fit)
         J       = difference loss of r_theta on X_s           Eq. 2    difference_loss
         theta'  = theta + eta * grad J(theta)   (an ASCENT)   Eq. 3    meta_gradient, climb
-        g       = gradient of L (Eq. 1) on X_t, at theta'     Eq. 4    meta_gradient
+        g       = gradient of L on X_t, taken at theta'       Eq. 4    meta_gradient
         theta  <- theta - alpha * g             (from theta)  Eq. 5    metarm_step
 
-alpha is the optimizer's learning rate. As a library, this file needs only torch:
+L is the loss of any reward model, Eq. 1: rm.preference_loss. alpha is the optimizer's learning
+rate. As a library, this file needs only torch:
 
     def L(forward): return -logsigmoid(forward(chosen) - forward(rejected)).mean()
     def J(forward): return metarm.difference_loss(forward(samples).view(m, k))
     model.eval()  # no dropout: J would climb the noise between two random masks
-    metarm.metarm_step(model, optimizer, L, J, eta=0.1, normalize=True)
+    metarm.metarm_step(model, optimizer, L, J, eta=0.02, normalize=True)
 
     python metarm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl \
         --meta runs/toy/metarm-1/meta/samples.jsonl --out runs/toy/metarm-1/rm
@@ -32,19 +33,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Parameters = dict[str, Tensor]
-Loss = Callable[[Callable], Tensor]  # forward -> scalar; `forward` is the model at some parameters
-Losses = Loss | list[Loss]  # a list: micro-batches of equal weight, whose mean is the loss
-Order = Literal["first", "exact"]
+Parameters = dict[str, Tensor]  # {name, as in model.named_parameters(): values}
+# A loss is a function forward -> scalar; `forward` stands for the model at some parameters. A list
+# of them: micro-batches of equal weight, whose mean is the loss.
+Losses = Callable | list[Callable]
+
+# The command's climb: |theta' - theta|. As with SAM's rho, what length is right depends on how soon
+# the loss bends, and not on the learning rate or on the number of weights.
+DEFAULT_LENGTH = 0.02
 
 
 class NotFinite(ValueError):
@@ -61,10 +63,11 @@ def difference_loss(rewards: Tensor) -> Tensor:
     """
     m, k = rewards.shape if rewards.dim() == 2 else (0, 0)
     if m < 1 or k < 2 or not rewards.is_floating_point():
-        got = f"{rewards.dtype} {tuple(rewards.shape)}"
-        raise ValueError(f"difference_loss needs float rewards of shape (m, k >= 2), got {got}")
-    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)  # all pairs i < j
-    # |.| has a kink at 0, where torch takes the slope 0: an exact tie is not pushed apart.
+        raise ValueError(f"rewards must be (m, k >= 2), got {rewards.dtype} {tuple(rewards.shape)}")
+    # All pairs i < j of responses to one prompt: two index vectors of k(k-1)/2 entries.
+    i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)
+    # The difference is (m, k(k-1)/2). |.| has a kink at 0, where torch takes the slope 0: an exact
+    # tie is not pushed apart.
     return 2 / k**2 * (rewards[:, i] - rewards[:, j]).abs().sigmoid().sum(dim=1).mean()
 
 
@@ -73,34 +76,45 @@ def climb(theta: Parameters, grad_J: Parameters, scale: Tensor) -> Parameters:
     return {name: plus(p, scale, grad_J[name]) for name, p in theta.items()}
 
 
-def meta_gradient(
-    model: Module,
-    vanilla_loss: Losses,
-    meta_loss: Losses,
-    eta: float,
-    order: Order = "first",
-    normalize: bool = False,
-) -> tuple[Parameters, dict[str, float]]:
+def gradient(model: nn.Module, loss: Losses, at: Parameters | None = None):
+    """Returns ({name: gradient of the loss}, the loss as a float) at theta. No weight is changed.
+
+    loss: as in `meta_gradient`. at: other parameters to take both at instead, as theta'.
+    Raises: as `meta_gradient`.
+    """
+    parameters = theta_of(model) if at is None else as_leaves(at)
+    places = everywhere(model, parameters)
+
+    def forward(*args, **kwargs):  # the model, with these in place of its own
+        return functional_call(model, places, args, kwargs, tie_weights=False)
+
+    value, grads = value_and_gradient(loss, forward, parameters)
+    return grads, finite_floats(loss=value, grad_norm=global_norm(grads.values()))["loss"]
+
+
+def meta_gradient(model, vanilla_loss, meta_loss, eta, order="first", normalize=False):
     """Returns (the gradient that Eq. 5 applies at theta, figures), by Eqs. 2 to 4.
 
-    vanilla_loss, meta_loss: functions forward -> scalar, L on X_t and J on X_s. They call
-        `forward(*args, **kwargs)` instead of the model, whose weights and .grad stay untouched.
-    eta: the ascent is eta * grad J or, with normalize=True, eta * grad J / |grad J|.
+    vanilla_loss, meta_loss: functions forward -> scalar, L on X_t and J on X_s, or lists of them.
+        They call `forward(*args, **kwargs)` instead of the model, whose weights and .grad stay
+        untouched. The mean of a list is the loss: micro-batches, one in memory at a time.
+    eta: with normalize=True the length of the climb, |theta' - theta|; with normalize=False the
+        paper's factor, theta' = theta + eta * grad J.
     order: "first", as the authors run it; "exact" also differentiates theta' by theta, as MAML
         does. It keeps the graphs of all micro-batches of J; a smaller X_s saves memory.
-    The gradient has a tensor for every trainable parameter. Figures: `difference` J(theta),
-    `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`, and `moved`, the share
-    of weights that Eq. 3 changed at all (bf16 rounds small changes away).
+    The gradient is {name: tensor}, of every trainable parameter. Figures, as floats: `difference`
+    J(theta), `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`.
     Raises: ValueError on bad arguments, and on models that cannot be called at other parameters
         (DDP, FSDP2, gradient checkpointing: use `lookahead`); NotFinite on NaN and infinity.
     """
     if order not in ("first", "exact"):
         raise ValueError(f"order must be 'first' or 'exact', got {order!r}")
-    theta, exact = trainable(model), order == "exact"
+    exact = order == "exact"
+    theta = theta_of(model)  # {name: (shape of the weight)}
 
-    def forward_at(parameters: Parameters) -> Callable:
-        at = everywhere(model, parameters)  # the model, with these in place of its own
-        return lambda *args, **kwargs: functional_call(model, at, args, kwargs, tie_weights=False)
+    def forward_at(parameters):  # the model, with these in place of its own, for one call
+        places = everywhere(model, parameters)
+        return lambda *args, **kw: functional_call(model, places, args, kw, tie_weights=False)
 
     # J on X_s at theta (Eq. 2), and its gradient. The exact order needs that gradient's own graph,
     # and the math attention kernel: the fused ones have no second derivative.
@@ -108,12 +122,12 @@ def meta_gradient(
         J, grad_J = value_and_gradient(meta_loss, forward_at(theta), theta, create_graph=exact)
 
     # theta' = theta + eta * grad J (Eq. 3): a second set of parameters beside the model's own.
-    scale, meta_grad_norm = step_scale(grad_J.values(), eta, normalize)
-    theta_prime = climb(theta, grad_J, scale)
+    meta_grad_norm = global_norm(grad_J.values())
+    theta_prime = climb(theta, grad_J, step_scale(grad_J.values(), eta, normalize))
     del grad_J  # at first order nobody needs it any more, and L needs memory
 
-    # L on X_t at theta', and its gradient (Eq. 4). detach: it is taken with respect to theta'.
-    leaves = {name: p.detach().requires_grad_() for name, p in theta_prime.items()}
+    # L on X_t at theta', and its gradient (Eq. 4). As leaves: it is taken with respect to theta'.
+    leaves = as_leaves(theta_prime)
     L, grads = value_and_gradient(vanilla_loss, forward_at(leaves), leaves)
 
     # THE line between the two orders. First order stops here: grads is dL/dtheta'. But theta'
@@ -121,24 +135,22 @@ def meta_gradient(
     # vector-Jacobian product through Eq. 3, whose graph create_graph kept above. Without normalize
     # it comes to (I + eta * Hessian of J) grads; with it, 1/|grad J| is differentiated, too.
     if exact:
-        inputs, outputs = list(theta.values()), list(theta_prime.values())
-        with sdpa_kernel(SDPBackend.MATH):
-            grads = torch.autograd.grad(outputs, inputs, grad_outputs=list(grads.values()))
-        grads = dict(zip(theta, grads, strict=True))
+        outputs = list(theta_prime.values())
+        with sdpa_kernel(SDPBackend.MATH):  # the backward pass of that graph picks kernels, too
+            product = torch.autograd.grad(outputs, list(theta.values()), list(grads.values()))
+        grads = dict(zip(theta, product, strict=True))
 
-    moved = sum((theta_prime[name] != p).sum().to(L.device) for name, p in theta.items())
-    share = moved / sum(p.numel() for p in theta.values())
     info = {"difference": J, "meta_grad_norm": meta_grad_norm, "vanilla_loss_adapted": L}
-    return grads, figures(**info, grad_norm=global_norm(grads.values()), moved=share)
+    return grads, finite_floats(**info, grad_norm=global_norm(grads.values()))
 
 
 def metarm_step(
-    model: Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     vanilla_loss: Losses,
     meta_loss: Losses,
     eta: float,
-    order: Order = "first",
+    order: str = "first",
     normalize: bool = False,
     max_grad_norm: float | None = None,
 ) -> dict[str, float]:
@@ -152,31 +164,33 @@ def metarm_step(
     grads, info = meta_gradient(model, vanilla_loss, meta_loss, eta, order, normalize)
     # theta <- theta - alpha * grads (Eq. 5), from the ORIGINAL parameters: the model never left
     # them. Literally so with SGD; AdamW makes its own step of the same gradient.
-    parameters = [p for name, p in model.named_parameters() if name in grads]
-    for p, grad in zip(parameters, grads.values(), strict=True):
-        p.grad = grad
+    for name, p in model.named_parameters():
+        p.grad = grads.get(name)
     if max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
-    for p in parameters:
-        p.grad = None
+    model.zero_grad()  # sets every .grad to None
     return info
 
 
 @contextmanager
-def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[None]:
+def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Iterator[None]:
     """Moves the model to theta' in place and back, for DDP, FSDP2, TRL and gradient checkpointing.
 
         J(model).backward()                 # p.grad is grad J, of ALL micro-batches of S
-        with metarm.lookahead(model, eta):  # the model is at theta', p.grad is None
-            L(model).backward()             # forward AND backward, of ALL micro-batches of D
+        with metarm.lookahead(model, eta=0.02, normalize=True):
+            L(model).backward()             # at theta', forward AND backward: ALL of D's
         optimizer.step()                    # the model is at theta, p.grad is grad L(theta')
 
-    First order. Under a GradScaler pass eta / scaler.get_scale(), or eta with normalize=True.
-    Raises: ValueError on a bad eta, without a gradient, or normalised under FSDP1 (a shard does not
-        know the norm of the whole); RuntimeError if FSDP2 failed inside its forward.
-    Source: paper, Eqs. 3 and 4.
+    First order. eta, normalize: as in `meta_gradient`. Without normalize, and under a GradScaler,
+        pass eta / scaler.get_scale(), since p.grad is scaled.
+    scaler_follows: say so if a GradScaler looks at p.grad before its step. An overflow in grad J
+        then makes all of grad L NaN, so that it skips the step, instead of raising NotFinite.
+    Raises: NotFinite on NaN and infinity in grad J; ValueError on a bad eta, without a gradient, on
+        BatchNorm in train mode, or normalised under FSDP1 (a shard does not know the norm of the
+        whole); RuntimeError if FSDP2 failed inside its forward. Source: paper, Eqs. 3 and 4.
     """
+    refuse_running_statistics(model)
     reshard(model)
     # Keep these very objects: after a forward without a backward, FSDP2's model.parameters() are
     # the gathered weights, not the shards that are trained.
@@ -186,12 +200,13 @@ def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[No
         raise ValueError("lookahead: no parameter has a gradient; back-propagate J before it")
     if normalize and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError("lookahead: FSDP1 does not know |grad J|; use FSDP2, or normalize=False")
-    theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step would round
-    scale, norm = step_scale(grads, eta, normalize)
+    # 0 * norm: after an overflow, all of theta' is NaN, and so is grad L. (A tanh can turn a single
+    # infinite weight into a finite loss, and GradScaler would take that step.)
+    scale = step_scale(grads, eta, normalize) + 0 * global_norm(grads)
+    if not scaler_follows:
+        finite_floats(grad_J=scale)
     del grads  # L needs the memory
-    # If grad J has overflowed, make all of theta' NaN, and so grad L: GradScaler then skips the
-    # step. (A tanh can turn one infinite weight into a finite loss.)
-    scale = scale + 0 * norm
+    theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step would round
     try:
         with torch.no_grad():
             for p in parameters:
@@ -201,7 +216,7 @@ def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[No
         # Autocast caches bf16 copies of the weights. Clear them, or L would be computed at theta.
         torch.clear_autocast_cache()
         yield  # Eq. 4
-    finally:
+    finally:  # also when L has raised
         reshard(model)
         with torch.no_grad():
             for p, original in zip(parameters, theta, strict=True):
@@ -211,56 +226,105 @@ def lookahead(model: Module, eta: float, normalize: bool = False) -> Iterator[No
             raise RuntimeError("lookahead: FSDP2 failed inside its forward; build the model anew")
 
 
-def adapted_parameters(
-    model: Module, meta_loss: Losses, eta: float, normalize: bool = False
-) -> Parameters:
+def adapted_parameters(model: nn.Module, meta_loss: Losses, eta: float, normalize: bool = False):
     """Returns theta' of Eq. 3, {name: tensor}; the model stays untouched.
 
     Algorithm 1 keeps theta, but it is at theta' that L was minimised. To measure theta', load it:
     `model.load_state_dict(adapted, strict=False)`. Raises: as `meta_gradient`.
     """
-    grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)  # at eta = 0, theta' is theta
-    scale, _ = step_scale(grad_J.values(), eta, normalize)
-    return climb({n: p.detach() for n, p in model.named_parameters() if n in grad_J}, grad_J, scale)
+    grad_J, _ = gradient(model, meta_loss)
+    with torch.no_grad():
+        return climb(theta_of(model), grad_J, step_scale(grad_J.values(), eta, normalize))
 
 
-def diagnostics(
-    model: Module, vanilla_loss: Losses, meta_loss: Losses, eta: float, normalize: bool = False
-) -> dict[str, float]:
+def diagnostics(model, vanilla_loss, meta_loss, eta, normalize=False) -> dict[str, float]:
     """Returns Eqs. 6 to 8 in numbers: L(theta') = L(theta) + eta * grad L . grad J + o(eta).
 
-    `vanilla_loss` L(theta); `first_order_gain` (theta' - theta) . grad L, to compare with
-    L(theta') - L(theta); `difference_adapted` J(theta'); `cosine` of grad L and grad J: above 0,
-    climbing J raises L, so the two aims conflict on these batches. Costs about three steps.
+    Is the climb short enough for that? Compare two changes with what the slope predicts:
+        `rise`         J(theta') - J(theta)    `predicted_rise`    (theta' - theta) . grad J
+        `loss_change`  L(theta') - L(theta)    `first_order_gain`  (theta' - theta) . grad L
+    `cosine` of grad L and grad J: above 0, climbing J raises L, so the two aims conflict on these
+    batches. `vanilla_loss` L(theta), `difference_adapted` J(theta'). Costs about 1.5 steps.
     Arguments and errors as in `meta_gradient`. Source: paper, Eqs. 6 to 8.
     """
-    # At eta = 0, theta' is theta. J in L's place gives grad J at theta and, last, J at theta'.
-    grad_J, _ = meta_gradient(model, meta_loss, meta_loss, eta=0.0)
-    grad_L, at_theta = meta_gradient(model, vanilla_loss, meta_loss, eta=0.0)
-    _, at_theta_prime = meta_gradient(model, meta_loss, meta_loss, eta, normalize=normalize)
-    scale, norm = step_scale(grad_J.values(), eta, normalize)
-    dot = sum((grad_L[name] * grad_J[name]).sum() for name in grad_J)
-    return {
-        "vanilla_loss": at_theta["vanilla_loss_adapted"],
-        "first_order_gain": float(scale * dot),
-        "cosine": float(dot / (global_norm(grad_L.values()) * norm + 1e-12)),
-        "difference_adapted": at_theta_prime["vanilla_loss_adapted"],
-    }
+    grad_J, J = gradient(model, meta_loss)
+    grad_L, L = gradient(model, vanilla_loss)
+    scale = step_scale(grad_J.values(), eta, normalize)
+    theta_prime = climb(theta_of(model), grad_J, scale)
+    _, J_prime = gradient(model, meta_loss, at=theta_prime)
+    _, L_prime = gradient(model, vanilla_loss, at=theta_prime)
+    norm_J = global_norm(grad_J.values())
+    norm_L = global_norm(grad_L.values())
+    dot = sum((grad_L[name] * grad_J[name]).sum().to(scale.device) for name in grad_J)
+    # theta' - theta is scale * grad J, so both predictions are dot products with grad J.
+    found = {"vanilla_loss": L, "loss_change": L_prime - L, "first_order_gain": float(scale * dot)}
+    found |= {"cosine": float(dot / (norm_L * norm_J + 1e-12)), "difference_adapted": J_prime}
+    return found | {"rise": J_prime - J, "predicted_rise": float(scale * norm_J**2)}
 
 
-# ---------------------------------------------------------------------- helpers of Algorithm 1
-def trainable(model) -> Parameters:
-    """Returns theta: leaves that share the trainable parameters' memory, but not their .grad."""
-    ddp = torch.nn.parallel.DistributedDataParallel
-    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-    if sharded or any(isinstance(module, ddp) for module in model.modules()):
+# A reader of the paper may stop here. What follows is the bookkeeping that PyTorch asks for, and
+# the command.
+# ------------------------------- guards: models and losses that cannot be had at other parameters
+def refuse_model(model) -> None:
+    """Raises ValueError on a model that cannot be called at other parameters than its own."""
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if wrapped or any(hasattr(p, "full_tensor") for p in model.parameters()):  # or a DTensor
         raise ValueError("a DDP or FSDP2 model has one set of parameters; use metarm.lookahead")
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
         raise ValueError("hooks on parameters would not see this gradient; use metarm.lookahead")
-    theta = {n: p.detach().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
-    if not theta:
-        raise ValueError("the model has no trainable parameters: requires_grad is False for all")
-    return theta
+    refuse_running_statistics(model)
+
+
+def refuse_running_statistics(model) -> None:
+    """Raises ValueError on BatchNorm and its kin in train mode: theta' would leave a trace there.
+
+    They would take in S, and D at theta'. (A reward should not depend on its batch, either.)
+    """
+    if any(m.training and getattr(m, "track_running_stats", False) for m in model.modules()):
+        raise ValueError("running statistics (BatchNorm) would take in theta'; call model.eval()")
+
+
+CHECKPOINTS = "gradient checkpointing runs layers again at theta, not theta'; use metarm.lookahead"
+
+
+def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
+    """Returns loss(forward); raises ValueError if its gradient would not be that at `forward`'s.
+
+    This looks at every operation, some 20 ms for a model of 30 layers. A loop that makes the same
+    loss in each step, on other rows, may set `loss.graph_is_known = True` after the first step.
+    """
+    try:
+        # Checkpointing is made of such hooks (but the older kind, "reentrant", is not: see below).
+        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTS):
+            value = loss(forward)
+    except RuntimeError as error:
+        raise (ValueError(error) if CHECKPOINTS in str(error) else error) from None
+    todo = [] if getattr(loss, "graph_is_known", False) else [value.grad_fn]
+    seen = {None, *todo}  # None: an input that needs no gradient
+    while todo and value.requires_grad:
+        node = todo.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(CHECKPOINTS)
+        if node.name() == "CompiledFunctionBackward" and create_graph:
+            raise ValueError("torch.compile has no second derivative; use order='first'")
+        if isinstance(getattr(node, "variable", None), nn.Parameter):  # ours are plain tensors
+            raise ValueError("a loss uses parameters of a model itself: call `forward` only")
+        new = {function for function, _ in node.next_functions} - seen
+        seen |= new
+        todo += new
+    return value
+
+
+# --------------------------------------------------------------------------------------- numerics
+def theta_of(model) -> Parameters:
+    """Returns theta: leaves that share the trainable parameters' memory, but not their .grad."""
+    refuse_model(model)
+    return as_leaves({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def as_leaves(parameters: Parameters) -> Parameters:
+    """Returns the same values as inputs of a new graph: a gradient ends here."""
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
 
 
 def everywhere(model, parameters: Parameters) -> Parameters:
@@ -269,75 +333,52 @@ def everywhere(model, parameters: Parameters) -> Parameters:
     A tied weight stands in two modules, and a module may have two names. functional_call would find
     tied weights by itself, but it would leave theta' in a module that has two names.
     """
-    at, name_of = {}, {id(p): name for name, p in model.named_parameters()}
+    new = {id(p): parameters[name] for name, p in model.named_parameters() if p.requires_grad}
+    places = {}
     for prefix, module in model.named_modules():  # each module once, under its first name
-        for place, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            if p.requires_grad:
-                at[place] = parameters[name_of[id(p)]]
-    return at
+        held = module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+        places |= {place: new[id(p)] for place, p in held if id(p) in new}
+    return places
 
 
 def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_graph=False):
     """Returns (mean of the losses, {name: its gradient}), one micro-batch after the other."""
-    losses, leaves = [losses] if callable(losses) else list(losses), list(parameters.values())
-    total = 0.0
+    losses = [losses] if callable(losses) else list(losses)
+    leaves = list(parameters.values())
+    total = 0.0  # soon a tensor: as a float it would wait for the GPU in every micro-batch
     for loss in losses:
-        try:
-            with disable_saved_tensors_hooks(NO_CHECKPOINTING):  # checkpointing is made of these
-                value = loss(forward) / len(losses)
-        except RuntimeError as error:
-            raise (ValueError(error) if NO_CHECKPOINTING in str(error) else error) from None
-        for node in nodes_of_graph(value):
-            if node.name() == "CheckpointFunctionBackward":  # the older, "reentrant" kind
-                raise ValueError(NO_CHECKPOINTING)
-            if isinstance(getattr(node, "variable", None), torch.nn.Parameter):  # not one of leaves
-                raise ValueError("a loss uses parameters of a model itself: call `forward` only")
-        total = total + value.detach()
+        value = guarded(loss, forward, create_graph) / len(losses)
+        # With create_graph, all graphs are needed at the end. Without it, each is freed by its own
+        # backward pass, which adds to the leaves' .grad in place.
+        total = total + (value if create_graph else value.detach())
         if value.requires_grad and not create_graph:
-            value.backward(inputs=leaves)  # adds up in the .grad of these leaves, in place
-        elif value.requires_grad:
-            new = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-            for p, g in zip(leaves, new, strict=True):
-                p.grad = p.grad if g is None else g if p.grad is None else p.grad + g
+            value.backward(inputs=leaves)
+    grads = [p.grad for p in leaves]
+    if create_graph and total.requires_grad:
+        # Never by .grad: a leaf whose .grad has a graph back to the leaf is not freed.
+        grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
     torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of the leaves
-    if all(p.grad is None for p in leaves):
-        fix = "it must call the `forward` it is given, not the model, and not under no_grad()"
-        raise ValueError(f"a loss does not depend on the trainable parameters: {fix}")
-    # A parameter without a part in the loss gets zeros.
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+    if all(grad is None for grad in grads):
+        fix = "call `forward`, and not under no_grad(); or the model has no trainable parameters"
+        raise ValueError(f"a loss does not depend on theta: {fix}")
     for p in leaves:
         p.grad = None
-    return total, grads
+    # A parameter without a part in the loss gets zeros.
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+    return total.detach(), dict(zip(parameters, grads, strict=True))
 
 
-NO_CHECKPOINTING = (
-    "gradient checkpointing runs the model again in the backward pass, at theta instead of theta'; "
-    "use metarm.lookahead, or turn it off"
-)
+def step_scale(grads, eta: float, normalize: bool) -> Tensor:
+    """Returns the factor before grad J in Eq. 3, a 0-dim tensor (a float would wait for a GPU).
 
-
-def nodes_of_graph(value: Tensor) -> set:
-    """Returns the nodes of a value's autograd graph."""
-    seen, todo = set(), [value.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [function for function, _ in node.next_functions]
-    return seen
-
-
-def step_scale(grads, eta: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Returns (the factor before grad J in Eq. 3, |grad J|): 0-dim tensors, to not wait for a GPU.
-
-    Normalised, a tiny |grad J| is blown up, too: if all k responses are equal, rounding still makes
-    their rewards differ, and noise of 1e-8 becomes a full step. Exactly 0 stays 0.
+    grads: the tensors of grad J. Normalised, the climb is eta long, and a tiny |grad J| is blown
+    up: if all k responses are equal, rounding still makes their rewards differ, and noise of 1e-8
+    becomes a full step. Exactly 0 stays 0.
     """
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number >= 0, got {eta}")
     norm = global_norm(grads)
-    scale = eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta)
-    return scale, norm
+    return eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta)
 
 
 def plus(a: Tensor, scale: Tensor, b: Tensor) -> Tensor:
@@ -349,18 +390,20 @@ def global_norm(tensors) -> Tensor:
     """Returns the norm of all tensors together, in float32 at least; under FSDP2 of all shards."""
     norms = []
     for t in tensors:
+        if t.is_sparse:
+            raise ValueError("MetaRM needs dense gradients; build the Embedding with sparse=False")
         norm = torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
         norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    # The norm of the norms; .to, because a model may lie on several devices.
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
-def figures(**tensors: Tensor) -> dict[str, float]:
+def finite_floats(**tensors: Tensor) -> dict[str, float]:
     """Returns the tensors as floats (only here we wait for the device). Raises NotFinite."""
     found = {name: float(value.detach()) for name, value in tensors.items()}
-    for name, value in found.items():
-        if not math.isfinite(value):
-            fix = "look for NaN in weights and batch, or lower eta or the learning rate"
-            raise NotFinite(f"{name} is {value}: {fix}")
+    bad = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+    if bad:
+        raise NotFinite(f"{bad[0]}: look for NaN in weights and batch, or lower eta or the rate")
     return found
 
 
@@ -372,11 +415,16 @@ def reshard(model) -> None:
 
 
 # ------------------------------------------------------------------------------------- the command
-def micro_batches(loss: Callable, groups: list, size: int) -> list[Loss]:
+def micro_batches(loss: Callable, groups: list, size: int) -> list[Callable]:
     """Returns losses of equal weight, each of `size` groups; loss: (forward, groups) -> mean."""
     chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
-    weight = len(chunks) / len(groups)  # a smaller last chunk counts by its share
-    return [lambda forward, c=chunk: weight * len(c) * loss(forward, c) for chunk in chunks]
+    # The losses of a list count alike. A smaller last chunk must count less than the others, so its
+    # mean is multiplied by its size over the average size (that is 1 where all sizes are equal).
+    average = len(groups) / len(chunks)
+    parts = [lambda forward, c=chunk: len(c) / average * loss(forward, c) for chunk in chunks]
+    for part in parts:
+        part.graph_is_known = getattr(loss, "graph_is_known", False)
+    return parts
 
 
 def train(args) -> None:
@@ -384,79 +432,82 @@ def train(args) -> None:
     import data
     import rm
 
-    out, adapted = Path(args.out).resolve(), Path(args.save_adapted).resolve()
+    out, adapted = (Path(folder).resolve() for folder in (args.out, args.save_adapted))
     if args.save_adapted and (out in (adapted, *adapted.parents) or adapted in out.parents):
         raise data.Mistake(f"--save_adapted {args.save_adapted}: name a folder outside --out")
-    pairs, samples = data.read_preferences(args.data), data.read_meta(args.meta)
-    adapted = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
-    with data.output_folder(args.out) as work, adapted as adapted_work:
+    eta = args.eta
+    if eta is None:  # as a factor: eta = alpha, as in the paper. (lr decays to 0; eta does not.)
+        eta = DEFAULT_LENGTH if args.normalize else args.lr
+    options = (eta, args.order, args.normalize, args.max_grad_norm)  # of metarm_step
+    pairs = data.read_preferences(args.data)
+    samples = data.read_meta(args.meta)
+    adapted_folder = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
+    with data.output_folder(args.out) as work, adapted_folder as adapted_work:
         # The head and the order of D are rm.py's with the same seed: only the gradient differs.
         model, tokenizer = rm.load_reward_model(args.model, args.seed)
         model.to(rm.pick_device())
         _, D = rm.encode_groups(model, tokenizer, pairs, args.data, args.max_length)
         _, S = rm.encode_groups(model, tokenizer, samples, args.meta, args.max_length)
-        look = rm.look_at(args, model, tokenizer)
-        steps, batches_of_S = len(D) // args.batch_size * args.epochs, []
-        size, flag, seed = args.meta_batch_size, "--meta_batch_size", args.seed + 1_000_000
-        while len(batches_of_S) < steps:  # pass over S again, in a new order
-            batches_of_S += rm.epoch_batches([0] * len(S), size, seed, flag)
+        # Draw S for all steps first, as rm.fit does D: a resumed run then knows the rest.
+        drawn = []  # the prompts of S of each step: m indices
+        seed = args.seed + 1_000_000  # not the order of D
+        while len(drawn) < len(D) // args.batch_size * args.epochs:  # one more pass over S
+            drawn += rm.epoch_batches([0] * len(S), args.meta_batch_size, seed, "--meta_batch_size")
             seed += 1
-        # The paper has eta = alpha. AdamW moves each of P weights by about lr, so its step is
-        # lr * sqrt(P) long, and so is the climb. (lr decays to 0; eta does not.)
-        eta, weights = args.eta, sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if eta is None:
-            eta = args.lr * math.sqrt(weights) if args.normalize else args.lr
-        if not 0 <= eta < math.inf:
-            raise data.Mistake(f"--eta {eta}: the ascent needs a finite length of 0 or more")
-        climbing = {"eta": eta, "normalize": args.normalize}
+        warned = []
 
         def J(forward, groups):  # Eq. 2 on prompts of S
             with rm.autocast(model.device):
                 rewards = rm.rewards_of(forward, model, tokenizer, groups)  # (m k,)
-                return difference_loss(rewards.view(len(groups), -1))
+                return difference_loss(rewards.view(len(groups), -1))  # (m, k) -> scalar
 
         def L(forward, groups):  # Eq. 1 on pairs of D
             with rm.autocast(model.device):
                 return rm.pair_loss(forward, model, tokenizer, groups)
 
-        def step(optimizer, batch_of_D, number):  # one step of Algorithm 1
-            X_t, X_s = batch_of_D, [S[i] for i in batches_of_S[number]]
+        def step(optimizer, X_t, number):  # one step of Algorithm 1
             L_parts = micro_batches(L, X_t, args.micro_batch_size)
-            J_parts = micro_batches(J, X_s, args.micro_batch_size)
-            info, how = {}, climbing | {"order": args.order, "max_grad_norm": args.max_grad_norm}
+            J_parts = micro_batches(J, [S[i] for i in drawn[number]], args.micro_batch_size)
+            looks = number % args.log_every == 0
             try:
-                if number % args.log_every == 0:
-                    info = diagnostics(model, L_parts, J_parts, **climbing)
-                return info | metarm_step(model, optimizer, L_parts, J_parts, **how)
+                info = diagnostics(model, L_parts, J_parts, eta, args.normalize) if looks else {}
+                info |= metarm_step(model, optimizer, L_parts, J_parts, *options)
             except NotFinite as error:
                 raise data.Mistake(f"--out {args.out}, step {number}: {error}") from None
+            # The losses of later steps are these on other rows: no need to look at their graphs.
+            L.graph_is_known = J.graph_is_known = True
+            # Once, and not at step 0: a new head's rewards are nearly equal, where J has its kinks.
+            if looks and number > 0 and not warned:
+                rise, predicted = info["rise"], info["predicted_rise"]
+                if abs(rise - predicted) > 0.5 * predicted + 1e-6:  # float32 rounds J by 1e-7
+                    warned.append(f"J rose by {rise:.2g}, Eq. 8 predicts {predicted:.2g}")
+                    fix = f"lower --eta {eta:.2g} (or raise it, if that is mere rounding)"
+                    print(f"\nmetarm.py: warning: {warned[0]}: {fix}", file=sys.stderr)
+            return info
 
-        log = rm.fit(args, work, model, D, step, look)
+        log = rm.fit(args, work, model, D, step, rm.look_at(args, model, tokenizer))
         rm.save_model(model, tokenizer, work)
         if args.save_adapted:  # one climb from the trained theta, on one batch of S as in training
-            J_parts = micro_batches(J, [S[i] for i in batches_of_S[0]], args.micro_batch_size)
-            model.load_state_dict(adapted_parameters(model, J_parts, **climbing), strict=False)
+            J_parts = micro_batches(J, [S[i] for i in drawn[0]], args.micro_batch_size)
+            theta_prime = adapted_parameters(model, J_parts, eta, args.normalize)
+            model.load_state_dict(theta_prime, strict=False)
             rm.save_model(model, tokenizer, adapted_work)
     print(f"{args.out}: {len(D)} pairs, {len(S)} prompts of S; at the end {log[-1]}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    import data
-    import rm
+    from rm import data, training_options
 
     parser = data.new_parser("metarm.py", __doc__)
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    rm.training_options(parser)
+    training_options(parser)
+    add = parser.add_argument
     add("--meta", required=True, help="meta set S, .jsonl: a prompt and k responses per row")
-    add("--eta", type=float, help="of Eq. 3; default: as long as a step of AdamW at --lr")
-    add("--normalize", action=flag, default=True, help="ascend by eta * grad J / |grad J|")
+    add("--normalize", action=argparse.BooleanOptionalAction, default=True, help="eta is a length")
+    # Of Eq. 3. Without --normalize it is the paper's factor before grad J, and --lr by default.
+    add("--eta", type=float, help=f"how far to climb (a length of {DEFAULT_LENGTH}; or --lr)")
     add("--order", choices=["first", "exact"], default="first", help="exact takes twice as long")
     add("--meta_batch_size", type=int, default=16, help="m: prompts of S per step")
-    add(
-        "--save_adapted",
-        default="",
-        help="folder for theta' of the trained model, on one batch of S",
-    )
+    add("--save_adapted", default="", help="folder for theta' of the trained model, on one batch")
     return data.command(parser, train, argv)
 
 

@@ -107,8 +107,9 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
     step = torch.cat([(x - theta[name]).flatten() for name, x in theta_prime.items()])
     assert step.norm().item() == pytest.approx(0.1, rel=1e-3)  # Eq. 3: eta, as it is normalised
     logs = [data.read_jsonl(f"{out}/{name}/log.jsonl") for name in ("first", "exact")]
-    figures = {"vanilla_loss_adapted", "difference", "meta_grad_norm", "grad_norm", "moved"}
+    figures = {"vanilla_loss_adapted", "difference", "meta_grad_norm", "grad_norm"}
     looks = {"vanilla_loss", "cosine", "first_order_gain", "difference_adapted", "accuracy"}
+    looks |= {"rise", "predicted_rise", "loss_change"}
     for first, second, last in logs:
         assert figures <= set(first) and looks <= set(first) and "accuracy" in last
         assert figures <= set(second) and not looks & set(second)

@@ -24,31 +24,35 @@ def output():
 def test_numbers(output):
     lines = [re.findall(r"(?<!\S)-?\d\.\d{3}", line) for line in output.splitlines()]
     theta, D = np.array([1.0, 0, 0]), np.array([[1, -2, 0], [1, 0, 1]])
+    C = np.array([[1, 1, 0]])
     S = np.array([[0, 0, 0], [1, 1, 0], [2, 3, 0]])
     differences = np.array([S[1] - S[0], S[2] - S[1], S[2] - S[0]])  # rewards differ by 1, 1, 2
     s = sigmoid(differences @ theta)
     grad_J = 2 / 9 * (s * (1 - s)) @ differences
     hessian_J = 2 / 9 * np.einsum("p,pi,pj", s * (1 - s) * (1 - 2 * s), differences, differences)
     theta_prime = theta + 5 * grad_J
-    plain = -(1 - sigmoid(D @ theta)) @ D / 2
+    plain, plain_C = (-(1 - sigmoid(x @ theta)) @ x / len(x) for x in (D, C))
     first = -(1 - sigmoid(D @ theta_prime)) @ D / 2
     exact = first + 5 * hessian_J @ first
     new = theta - first
 
-    def L(at):
-        return np.log(1 + np.exp(-D @ at)).mean()
+    def L(at, pairs=D):
+        return np.log(1 + np.exp(-pairs @ at)).mean()
 
     def J(at):
         return 2 / 9 * sigmoid(np.abs(differences @ at)).sum()
 
-    expected = [theta, grad_J, theta_prime]
-    expected += [(x @ at, 1 - sigmoid(x @ at)) for x in D for at in (theta, theta_prime)]
-    expected += [[plain @ grad_J], [L(at) for at in (theta, theta_prime, new)]]
-    expected += [[J(at) for at in (theta, theta_prime, new)], plain, first, exact, new]
+    three = (theta, theta_prime, new)
+    expected = [*S, *D, *C, theta, grad_J, theta_prime]
+    expected += [(x @ at, 1 - sigmoid(x @ at)) for x in (*D, *C) for at in (theta, theta_prime)]
+    expected += [[plain @ grad_J], [plain_C @ grad_J]]
+    expected += [[L(at) for at in three], [L(at, C) for at in three], [J(at) for at in three]]
+    expected += [plain, first, exact, new]
     assert lines == [[f"{x:.3f}" for x in row] for row in expected]
-    # The story: the climb raises L, and the pair that it hurts gains weight.
+    # The story: the climb raises L, and the pair that it hurts gains weight. Of C's the reverse.
     hurt, helped = (1 - sigmoid(D @ theta_prime)) / (1 - sigmoid(D @ theta))
     assert plain @ grad_J > 0 and L(theta_prime) > L(theta) > L(new) and hurt > 2 > 1 > helped
+    assert plain_C @ grad_J < 0 and L(theta_prime, C) < L(theta, C) and len(lines) <= 25
 
 
 def test_readme_quotes_it(output):

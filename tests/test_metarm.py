@@ -1,6 +1,8 @@
 """metarm.py against independent calculations: loops, closed forms, finite differences."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -175,7 +177,7 @@ def test_quadratic_in_closed_form(normalize, shifts):
     for order, expected in zip(ORDER, (first, exact), strict=True):
         grads, info = metarm.meta_gradient(model, *losses, ETA, order, normalize)
         torch.testing.assert_close(grads, {"weight": expected[None]}, rtol=1e-12, atol=1e-12)
-        want = {"difference": J, "vanilla_loss_adapted": L_adapted, "moved": 1}
+        want = {"difference": J, "vanilla_loss_adapted": L_adapted}
         want |= {"meta_grad_norm": g_J.norm(), "grad_norm": expected.norm()}
         assert info == pytest.approx({name: float(x) for name, x in want.items()})
         for clip in (None, 0.05):  # Eq. 5: from theta
@@ -185,6 +187,10 @@ def test_quadratic_in_closed_form(normalize, shifts):
             torch.testing.assert_close(model.weight[0], w - 0.1 * shorter * expected)
             assert shorter <= 1 and model.weight.grad is None
             model.weight.data[0] = w
+    for loss, value, slope in [(losses[0], L, g_L), (losses[1], J, g_J)]:
+        found = metarm.gradient(model, loss)
+        torch.testing.assert_close(found[0], {"weight": slope[None]}, rtol=1e-12, atol=1e-12)
+        assert found[1] == pytest.approx(value.item(), rel=1e-12)
     adapted = metarm.adapted_parameters(model, losses[1], ETA, normalize)
     torch.testing.assert_close(adapted, {"weight": climbed[None]})
     assert not (adapted["weight"].requires_grad or grads["weight"].requires_grad)
@@ -193,7 +199,8 @@ def test_quadratic_in_closed_form(normalize, shifts):
     gain = step * g_L @ g_J  # Eqs. 6 to 8: L(theta') - L(theta), but for the second order
     torch.testing.assert_close(L_adapted - L, gain + step**2 / 2 * g_J @ A @ g_J)
     want = {"vanilla_loss": L, "first_order_gain": gain, "difference_adapted": J_adapted}
-    want["cosine"] = F.cosine_similarity(g_L, g_J, dim=0)
+    want |= {"loss_change": L_adapted - L, "cosine": F.cosine_similarity(g_L, g_J, dim=0)}
+    want |= {"rise": J_adapted - J, "predicted_rise": step * g_J @ g_J}
     seen = metarm.diagnostics(model, *losses, ETA, normalize)
     assert seen == pytest.approx({name: float(x) for name, x in want.items()})
 
@@ -296,7 +303,7 @@ def test_no_difference_to_climb_means_theta_stays(order, normalize):
     grads, info = metarm.meta_gradient(model, L_on(D), J, ETA, order, normalize)
     plain = plain_gradient(model, L_on(D))
     torch.testing.assert_close(vector(grads.values()), plain, rtol=1e-9, atol=1e-12)
-    assert info["meta_grad_norm"] == 0 == info["moved"]
+    assert info["meta_grad_norm"] == 0
     # At a minimum of J the gradient vanishes, its curvature does not: no NaN, no step of 1e12.
     toy = Weights(2, 1, bias=False, dtype=torch.float64)
     torch.nn.init.zeros_(toy.weight)
@@ -344,6 +351,71 @@ def test_hidden_recomputation_is_refused(order, reentrant):
     with metarm.lookahead(model, ETA):
         L(model).backward()
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, expected)
+
+
+@ORDERS
+def test_a_loss_that_raises_leaves_no_graph(order):
+    model, L, J = small_net()
+
+    class Token:
+        pass
+
+    def marked(forward):  # J, whose graph holds a token as long as it lives
+        def hooked(x):
+            rewards, token = forward(x), Token()
+            tokens.append(weakref.ref(token))
+            rewards.register_hook(lambda grad, held=token: grad)
+            return rewards
+
+        return J(hooked)
+
+    for losses in [(L, [marked, {}.__getitem__]), ({}.__getitem__, [marked, marked])]:
+        tokens = []
+        with pytest.raises(KeyError):
+            metarm.metarm_step(model, torch.optim.SGD(model.parameters()), *losses, ETA, order)
+        gc.collect()
+        assert tokens and all(token() is None for token in tokens)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.BatchNorm1d, torch.nn.InstanceNorm1d])
+def test_running_statistics_are_refused_in_train_mode(kind):
+    net, L, J = small_net()
+    layer = kind(7 if kind is torch.nn.BatchNorm1d else 12, track_running_stats=True)
+    model = torch.nn.Sequential(net[0], layer, *net[1:])
+    J(model).backward()
+    before = vector(layer.buffers())
+
+    def step(*args):
+        metarm.metarm_step(model, torch.optim.SGD(model.parameters()), L, *args)
+
+    for call in (
+        step,
+        metarm.adapted_parameters,
+        lambda *args: metarm.diagnostics(model, L, J, ETA),
+    ):
+        with pytest.raises(ValueError, match=r"model.eval\(\)"):
+            call(*[model, J, ETA][call is step :])
+    with pytest.raises(ValueError, match=r"model.eval\(\)"), metarm.lookahead(model, ETA):
+        pass
+    model.eval()
+    step(J, ETA)
+    assert torch.equal(vector(layer.buffers()), before)
+
+
+@ORDERS
+def test_compiled_models_and_sparse_gradients(order):
+    model, L, J = small_net()
+    expected, _ = metarm.meta_gradient(model, L, J, ETA)
+    model[2] = torch.compile(model[2], backend="aot_eager")
+    if order == "first":
+        found, _ = metarm.meta_gradient(model, L, J, ETA)
+        torch.testing.assert_close(list(found.values()), list(expected.values()))
+    else:
+        with pytest.raises(ValueError, match="order='first'"):
+            metarm.meta_gradient(model, L, J, ETA, order)
+    model[0] = torch.nn.Embedding(9, 7, sparse=True)
+    with pytest.raises(ValueError, match="sparse=False"):
+        metarm.gradient(model, lambda forward: forward(torch.arange(6)).sum())
 
 
 # --------------------------------------------------------------------------- the lookahead in place
@@ -398,11 +470,9 @@ def test_half_precision():
     """bf16 weights do not feel a small eta; sums are made in float32 and rounded once."""
     for dtype, low, high in [(torch.bfloat16, 0, 0.01), (torch.float32, 0.3, 1)]:
         model = reward_model("llama", dtype)
-        _, info = metarm.meta_gradient(model, L_on(D), J_on(S), eta=5e-6)
-        assert low <= info["moved"] <= high
-    adapted = metarm.adapted_parameters(model, J_on(S), 5e-6)
-    changed = vector(adapted.values()) != vector(model.parameters())
-    assert info["moved"] == pytest.approx(changed.double().mean().item())
+        adapted = metarm.adapted_parameters(model, J_on(S), 5e-6)
+        changed = vector(adapted.values()) != vector(model.parameters())
+        assert low <= changed.double().mean() <= high
     bf16, fp16 = torch.ones(10, dtype=torch.bfloat16), torch.ones(10, dtype=torch.float16)
     assert metarm.plus(bf16, torch.tensor(1 + 2**-12), bf16 / 256)[0] == 1 + 2**-7
     assert metarm.plus(fp16, torch.tensor(1e5), 1e-5 * fp16)[0] == pytest.approx(2, rel=1e-3)
@@ -447,7 +517,11 @@ def test_grad_scaler(normalize, overflow):
     scaler.scale(J(model)).backward()
     if overflow:  # one infinite entry ahead of a tanh, which would turn it into a finite loss
         model[0].weight.grad[0, 0] = math.inf
-    with metarm.lookahead(model, ETA if normalize else ETA / scaler.get_scale(), normalize):
+        with pytest.raises(metarm.NotFinite, match="grad_J is nan"):
+            with metarm.lookahead(model, ETA, normalize):  # no scaler is said to follow
+                raise AssertionError("the model has been moved")
+    eta = ETA if normalize else ETA / scaler.get_scale()
+    with metarm.lookahead(model, eta, normalize, scaler_follows=True):
         scaler.scale(L(model)).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -461,31 +535,45 @@ def test_micro_batches_of_unequal_size_keep_the_mean():
     assert len(losses) == 3 and sum(loss(None) for loss in losses) / 3 == pytest.approx(3.0)
 
 
-def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path, monkeypatch):
+def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path, monkeypatch, capsys):
     """eta = 0 is Eq. 1: the same head, order of D and optimizer, so the same weights."""
     D, S = make_pairs(9), [{"prompt": str(i), "responses": [" a", " b", f" {i}"]} for i in range(7)]
     D, S = write_rows(tmp_path / "D.jsonl", D), write_rows(tmp_path / "S.jsonl", S)
     common = f"--model {policy_folder} --data {D} --batch_size 4 --epochs 2 --lr 1e-3 --seed 3"
     assert rm.main(f"{common} --out {tmp_path}/rm".split()) == 0
     expected = load_file(tmp_path / "rm/model.safetensors")
-    step, calls = metarm.metarm_step, []
+    step, cut = metarm.metarm_step, metarm.micro_batches
+    calls, drawn, known = [], [], []
 
-    def spy(*args, **how):
-        calls.append((args[3], how))
-        return step(*args, **how)
+    def spy_step(*args):
+        calls.append(args[4:])
+        return step(*args)
 
-    monkeypatch.setattr(metarm, "metarm_step", spy)
+    def spy_cut(loss, groups, size):
+        drawn.extend(str(prompt) for prompt in groups if len(prompt) == 3)  # k
+        known.append(getattr(loss, "graph_is_known", False))
+        return cut(loss, groups, size)
+
+    monkeypatch.setattr(metarm, "metarm_step", spy_step)
+    monkeypatch.setattr(metarm, "micro_batches", spy_cut)
     for order in ORDER:
         extra = f"--meta {S} --meta_batch_size 3 --micro_batch_size 3 --eta 0 --order {order}"
         assert metarm.main(f"{common} {extra} --out {tmp_path}/{order}".split()) == 0
         found = load_file(tmp_path / order / "model.safetensors")
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-        assert calls[-1][1]["order"] == order
-    drawn = [str(prompt) for J, _ in calls[:2] for part in J for prompt in part.__defaults__[0]]
-    assert len(drawn) == len(set(drawn)) == 6  # S goes on where the step before stopped
-    assert metarm.main(f"{common} --meta {S} --meta_batch_size 3 --out {tmp_path}/x".split()) == 0
-    length = 1e-3 * math.sqrt(sum(weight.numel() for weight in expected.values()))
-    assert calls[-1][1]["eta"] == pytest.approx(length)
+        assert calls[-1][1] == order
+    assert len(set(drawn[:6])) == 6  # S goes on where the step before stopped
+    assert known == 2 * (2 * [False] + 6 * [True])  # graphs are looked at in a command's first step
+    for flag, eta in [("--normalize", metarm.DEFAULT_LENGTH), ("--no-normalize", 1e-3)]:
+        extra = f"--meta {S} --meta_batch_size 3 {flag} --out {tmp_path}/{flag}"
+        assert metarm.main(f"{common} {extra}".split()) == 0
+        assert calls[-1] == (eta, "first", flag == "--normalize", 1.0)
+    capsys.readouterr()
+    for eta, warnings in [(1e-3, 0), (20, 1)]:  # too long a climb is told once
+        extra = f"--meta {S} --meta_batch_size 3 --log_every 1 --eta {eta} --out {tmp_path}/{eta}"
+        assert metarm.main(f"{common} {extra}".split()) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert len(said) == warnings and all(f"lower --eta {eta}" in line for line in said)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

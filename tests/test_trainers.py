@@ -4,6 +4,7 @@ torchrun starts this file as the program of two processes, which run the scripts
 """
 
 import json
+import math
 import os
 import re
 import runpy
@@ -42,6 +43,13 @@ def run(code, file="README.md", **forced):
 
 def plain_loop(**forced):
     return vector(run(SNIPPETS["plain-loop"], **forced)["model"].parameters())
+
+
+def test_all_examples_take_the_default_climb():
+    told = [metarm.__doc__, metarm.lookahead.__doc__]
+    told += [file.read_text(encoding="utf-8") for file in TRAINERS.glob("*.py")]
+    climbs = re.findall(r"eta=([\d.]+),\s+normalize=(\w+)", "".join(told))
+    assert len(climbs) == 5 and set(climbs) == {(str(metarm.DEFAULT_LENGTH), "True")}
 
 
 def test_lookahead_in_the_readme():
@@ -118,8 +126,9 @@ def under_torchrun(folder):
     for kind in ("ddp", "fsdp2"):
         file = TRAINERS / f"{kind}.py"
         for normalize in (True, False):
-            has = run(file.read_text(encoding="utf-8"), file, normalize=normalize)
-            end, expected = vector(has["model"].parameters()), plain_loop(normalize=normalize)
+            how = {"eta": 0.1, "normalize": normalize}
+            has = run(file.read_text(encoding="utf-8"), file, **how)
+            end, expected = vector(has["model"].parameters()), plain_loop(**how)
             worst[f"{kind} {normalize}"] = end - expected
             dist.init_process_group = lambda backend: None  # the first script has joined for all
             end, expected = gpt2(kind, normalize, dist.get_rank(), 2), gpt2(None, normalize)
@@ -212,13 +221,22 @@ def test_trl(toy_run, monkeypatch):
         gradient, _ = metarm.meta_gradient(ours, L, J, 0.1, normalize=normalize)
         found = vector(p.grad for p in theirs.parameters()) / 1024
         torch.testing.assert_close(found, vector(gradient.values()), rtol=0, atol=1e-8)
+        # An overflow in grad J is left to the scaler, which finds NaN in grad L.
+        theirs.zero_grad()
+        with monkeypatch.context() as patch:
+            patch.setattr(ready.accelerator.scaler, "scale", lambda loss: loss * math.inf)
+            ready.training_step(theirs, ready.data_collator(script["D"]))
+        assert not vector(p.grad for p in theirs.parameters()).isfinite().all()
 
     with pytest.raises(ValueError, match="set gradient_accumulation_steps=1"):
         trainer(model, True, gradient_accumulation_steps=2)
+    Path("runs/toy/pairs/train.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match=r"^trl.py: error: .*train.jsonl"):
+        runpy.run_path(str(TRAINERS / "trl.py"), run_name="__main__")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out")
-def test_lora(toy_run):
+def test_lora(toy_run, monkeypatch):
     pytest.importorskip("peft", reason="peft is not installed; tests/requirements.txt names it")
     lora, ends = runpy.run_path(str(TRAINERS / "lora.py")), []
     for checkpointing in (False, True):  # metarm_step, lookahead
@@ -247,6 +265,16 @@ def test_lora(toy_run):
         lora["main"](["--batch_size", "4", *options])
     model, tokenizer = rm.load_reward_model("runs/lora/rm")
     assert rm.score(model, tokenizer, ["Human: order"], [" sorry"]).isfinite().all()
+    monkeypatch.setattr(sys, "argv", ["lora.py", "--data", "missing.jsonl"])
+    with pytest.raises(SystemExit, match=r"^lora.py: error: .*missing.jsonl"):
+        runpy.run_path(str(TRAINERS / "lora.py"), run_name="__main__")
+
+    model, _ = lora["load"](make_policy("llama", "llama"))  # RoPE: a buffer stays what it was
+    buffers = dict(model.named_buffers())
+    rope = [name for name in buffers if "inv_freq" in name]
+    assert rope and all(buffers[name].dtype == torch.float32 for name in rope)
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert torch.bfloat16 in frozen
 
 
 def test_memory_table(capsys):

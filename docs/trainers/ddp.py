@@ -18,6 +18,8 @@ import metarm
 
 gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+if gpu:  # before all else: what names no device of its own would go to cuda:0, in every process
+    torch.cuda.set_device(device)
 dist.init_process_group("nccl" if gpu else "gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 
@@ -41,7 +43,7 @@ for step in range(3):
     X_t, X_s = X_t[rank::world].to(device), X_s[rank::world].to(device)  # shares of EQUAL size
     optimizer.zero_grad()
     J(X_s).backward()
-    with metarm.lookahead(ddp, eta=0.1, normalize=True):  # at theta', the same everywhere
+    with metarm.lookahead(ddp, eta=0.02, normalize=True):  # at theta', the same everywhere
         loss = L(X_t)
         loss.backward()
     optimizer.step()

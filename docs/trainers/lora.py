@@ -11,7 +11,6 @@ Dropout must be off here, too (lora_dropout=0): J would climb the noise between 
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -27,10 +26,12 @@ import rm
 def load(path, base_dtype=torch.bfloat16, r=16):
     """Returns (PEFT model, its tokenizer)."""
     model, tokenizer = rm.load_reward_model(path, seed=0)  # float32 on the CPU; then rounded
-    model.to(base_dtype)
+    # Not model.to(): it would round buffers, too, and RoPE's inv_freq in bf16 gives wrong angles to
+    # far positions. Not the head: PEFT trains a copy of it, in its dtype.
     for module in model.modules():
-        if isinstance(module, rm.Float32Head):  # PEFT trains a copy of the head, in its dtype
-            module.float()
+        if not isinstance(module, rm.Float32Head):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(base_dtype)
     torch.manual_seed(0)  # of the adapters
     lora = peft.LoraConfig(task_type="SEQ_CLS", r=r, lora_alpha=2 * r, target_modules="all-linear")
     return peft.get_peft_model(model, lora).eval(), tokenizer
@@ -69,6 +70,7 @@ def main(argv=None):
     add("--meta", default="runs/toy/metarm-1/meta/samples.jsonl", help="meta set S")
     add("--out", default="runs/lora")
     add("--lr", type=float, default=1e-4)
+    add("--eta", type=float, default=metarm.DEFAULT_LENGTH, help="length of the climb")
     add("--batch_size", type=int, default=16, help="pairs of D, and prompts of S, per step")
     add("--micro_batch_size", type=int, default=16, help="of these per pass")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
@@ -82,8 +84,6 @@ def main(argv=None):
     if args.gradient_checkpointing:
         checkpoint_gradients(model)
     theta = [p for p in model.parameters() if p.requires_grad]
-    # The length of one AdamW step on the ADAPTERS: a step at rate lr moves each weight by about lr.
-    eta = args.lr * math.sqrt(sum(p.numel() for p in theta))
     optimizer = torch.optim.AdamW(theta, lr=args.lr, weight_decay=0.0)
     pairs, samples = data.read_preferences(args.data), data.read_meta(args.meta)
     _, D = rm.encode_groups(base, tokenizer, pairs, args.data, args.max_length)
@@ -106,7 +106,7 @@ def main(argv=None):
     for step, (of_D, of_S) in enumerate(zip(batches, batches_of_S, strict=False)):
         X_t = metarm.micro_batches(L, [D[i] for i in of_D], args.micro_batch_size)
         X_s = metarm.micro_batches(J, [S[i] for i in of_S], args.micro_batch_size)
-        figures = turn(model, optimizer, X_t, X_s, eta, args.gradient_checkpointing)
+        figures = turn(model, optimizer, X_t, X_s, args.eta, args.gradient_checkpointing)
         print(f"step {step}: {figures}")
 
     model.save_pretrained(f"{args.out}/adapter")
@@ -116,4 +116,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (data.Mistake, metarm.NotFinite) as error:  # one line, as in the repository's commands
+        sys.exit(f"lora.py: error: {error}")

@@ -43,10 +43,13 @@ class MetaRewardTrainer(RewardTrainer):
         with self.compute_loss_context_manager():
             J = metarm.difference_loss(model(**batch).logits[:, 0].view(len(X_s), -1))
         self.accelerator.backward(J)
-        # fp16 only: the GradScaler has multiplied grad J. Not so for a normalised step.
-        scaler = None if self.normalize else self.accelerator.scaler
-        eta = self.eta / scaler.get_scale() if scaler else self.eta
-        with metarm.lookahead(model, eta, self.normalize):
+        # fp16 only: the GradScaler has multiplied grad J (a normalised climb does not feel it), and
+        # it skips the step after an overflow.
+        scaler = self.accelerator.scaler
+        eta = self.eta
+        if scaler and not self.normalize:
+            eta = self.eta / scaler.get_scale()
+        with metarm.lookahead(model, eta, self.normalize, scaler_follows=scaler is not None):
             return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -54,12 +57,15 @@ def ids(row, key):  # one encoding for D and S; TRL's own has no EOS where the p
     return sum(rm.encode(tokenizer, row["prompt"], row[key]), [])
 
 
-# load_reward_model sees to a pad token that is not EOS, and to rewards in float32.
-model, tokenizer = rm.load_reward_model("runs/toy/sft", seed=0)
-D = data.read_preferences("runs/toy/pairs/train.jsonl")
-D = [{f"{key}_ids": ids(row, key) for key in ("chosen", "rejected")} for row in D]
-S = data.read_meta("runs/toy/metarm-1/meta/samples.jsonl")
-_, S = rm.encode_groups(model, tokenizer, S, "S")
+try:
+    # load_reward_model sees to a pad token that is not EOS, and to rewards in float32.
+    model, tokenizer = rm.load_reward_model("runs/toy/sft", seed=0)
+    pairs = data.read_preferences("runs/toy/pairs/train.jsonl")
+    samples = data.read_meta("runs/toy/metarm-1/meta/samples.jsonl")
+    _, S = rm.encode_groups(model, tokenizer, samples, "S")
+except data.Mistake as error:  # a file that is missing or not as it should be
+    sys.exit(f"trl.py: error: {error}")
+D = [{f"{key}_ids": ids(row, key) for key in ("chosen", "rejected")} for row in pairs]
 cpu = not torch.cuda.is_available()
 config = RewardConfig("runs/trl", max_steps=3, per_device_train_batch_size=4, use_cpu=cpu)
 trainer = MetaRewardTrainer(
@@ -68,7 +74,7 @@ trainer = MetaRewardTrainer(
     processing_class=tokenizer,
     train_dataset=Dataset.from_list(D),
     samples=S,
-    eta=0.1,
+    eta=0.02,
     normalize=True,
 )
 trainer.train()
