@@ -122,7 +122,7 @@ def random_climb(model, tokenizer, args, eta, source):
 
     def loss_of(pairs):
         direction = {name: torch.randn(p.shape, generator=noise) for name, p in theta.items()}
-        scale, _ = metarm.step_scale(direction.values(), eta, normalize=True)
+        scale = metarm.step_scale(direction.values(), eta, normalize=True)
         there = metarm.climb(theta, direction, scale)  # theta' passes its gradient on to theta
 
         def forward(**inputs):
