@@ -41,7 +41,7 @@ import rm
 # An arm is a kind of arms.py and its knob: "first@0.02" climbs a length of 0.02.
 PRIMARY = ["rm0", "plain", page.FIRST, page.STALE]
 SECONDARY = ["gold", *(f"{kind}@{page.CLIMB}" for kind in ("scale", "random", "unit", "exact"))]
-SECONDARY += ["literal@5e-6", "ocrm@0.01", "joint@0.1"]
+SECONDARY += ["first@0.02", "literal@5e-6", "ocrm@0.01", "joint@0.1"]
 # Seconds of a cell on one core, by its kind, and of what a world needs before its cells.
 SECONDS = dict(world=265, rm0=10, plain=48, first=84, stale=84, literal=84, unit=84, exact=140)
 SECONDS |= dict(scale=84, random=46, joint=65, ocrm=55, gold=55, adapted=77, dpo=30)
