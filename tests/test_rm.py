@@ -1,6 +1,7 @@
 """rm.py: the loss in closed form, one encoding, scores that depend on the text alone."""
 
 import argparse
+import functools
 import json
 import math
 from unittest import mock
@@ -263,22 +264,15 @@ def test_on_a_gpu_prompts_are_read_once_where_it_saves_much():
     for device, saved, want in [("cpu", 0, True), ("cuda", 2047, False), ("cuda", 2048, True)]:
         model = argparse.Namespace(shares_prompts=True, device=torch.device(device))
         assert rm.shares_prompts(model, saved) == want
-        model.shares_prompts = False
-        assert not rm.shares_prompts(model, saved)
 
 
-NO_MEMORY = torch.OutOfMemoryError(
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a ..."
-)
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
 
 
 def test_out_of_memory_is_told_with_stage_and_fix(tmp_path, policy_folder, pairs_file, capsys):
-    def fails(*args, **how):
-        raise NO_MEMORY
-
     flags = f"--model {policy_folder} --data {pairs_file} --micro_batch_size 8 --out {tmp_path}/x"
     for module, mode, place in [(rm, "", "fit"), (ppo, "sft ", "fit"), (ppo, "dpo ", "try_out")]:
-        with mock.patch.object(rm, place, fails):
+        with mock.patch.object(rm, place, side_effect=NO_MEMORY):
             assert module.main((mode + flags).split()) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         for words in (f"{mode}--out {tmp_path}/x", "out of memory", "lower --micro_batch_size 8"):
@@ -295,14 +289,10 @@ def test_what_out_of_memory_is(policy_folder):
     assert not any(map(data.out_of_memory, said))
     # The trial at load blames neither the model nor its cache.
     model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
-    for calls in (0, 5):  # at the first row alone; where prompts are read once
-        answers = [rm.rewards_of] * calls
-
-        def answer(groups, answers=answers):
-            if not answers:
-                raise NO_MEMORY
-            return answers.pop()(model, model, tokenizer, groups)
-
+    rewards = [*torch.randn(4).split(1), None]
+    rewards[4] = torch.cat(rewards[:4])
+    for calls in (0, 5):  # memory is full at the first row alone; where prompts are read once
+        answer = mock.Mock(side_effect=[*rewards[:calls], NO_MEMORY])
         with pytest.raises(torch.OutOfMemoryError):
             rm.try_out(model, tokenizer, policy_folder, answer)
 
@@ -311,16 +301,13 @@ def test_what_out_of_memory_is(policy_folder):
 def test_a_step_waits_for_the_device_as_often_with_many_micro_batches(policy_folder, monkeypatch):
     model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
     _, groups = rm.encode_groups(model, tokenizer, make_pairs(8), "D")
-    waits, item = [], torch.Tensor.item
-    monkeypatch.setattr(torch.Tensor, "item", lambda x: waits.append(0) or item(x))
-    counts = []
+    waits, item, optimizer = [], torch.Tensor.item, torch.optim.SGD(model.parameters(), lr=0.0)
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: waits.append(size) or item(x))
     for size in (8, 1):
-        waits.clear()
         args = argparse.Namespace(micro_batch_size=size, max_grad_norm=1.0, out="x")
-        step = rm.gradient_step(model, lambda x: rm.pair_loss(model, model, tokenizer, x), args)
-        step(torch.optim.SGD(model.parameters(), lr=0.0), groups, 0)
-        counts.append(len(waits))
-    assert counts[0] == counts[1]
+        loss_of = functools.partial(rm.pair_loss, model, model, tokenizer)
+        rm.gradient_step(model, loss_of, args)(optimizer, groups, 0)
+    assert waits.count(8) == waits.count(1)
 
 
 @pytest.fixture(scope="module")
