@@ -557,6 +557,14 @@ MAY_BE_0 = "seed eta noise max_length valid_share kl_coef gamma lam scale_prompt
 MAY_BE_0 += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error, or what caused it, says that the memory of GPU or CPU is used up."""
+    kinds = (RuntimeError, OSError, MemoryError)  # not a Mistake, which may quote somebody's text
+    errors = [repr(e) for e in (error, error.__cause__) if isinstance(e, kinds)]
+    # The words of Python and numpy, of torch and CUDA, of the CPU's allocator, of cuBLAS and cuDNN.
+    return bool(re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", f"{errors}"))
+
+
 def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None) -> int:
     """The exit status of run(args). A Mistake is one line on stderr and status 2."""
     start = time.monotonic()
@@ -568,7 +576,13 @@ def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None)
             if not (0 < value < math.inf or value >= 0 and name in MAY_BE_0):
                 raise Mistake(f"--{name} {value}: it must be a finite number above 0")
         run(args)
-    except Mistake as error:
+    except Exception as error:
+        sizes = [f"--{x} {vars(args)[x]}" for x in ("micro_batch_size", "batch_size") if x in args]
+        if sizes and out_of_memory(error):
+            stage = f"{vars(args).get('mode', '')} --out {args.out or args.run}: out of memory"
+            error = Mistake(f"{stage} ({error!s:.120}); lower {', then '.join(sizes)}")
+        if not isinstance(error, Mistake):
+            raise
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -144,7 +144,6 @@ def load_policy(path: str, vocabulary: dict | None = None):
     Raises: Mistake, naming the path and the fix, on other models (or another vocabulary, if given).
     """
     model, tokenizer, new = rm.load_pretrained(AutoModelForCausalLM, path)
-    model.to(rm.pick_device())
     for name in new:
         raise data.Mistake(f"{path}: {name} is missing; give a causal language model")
     if vocabulary not in (None, tokenizer.get_vocab()):
@@ -158,6 +157,7 @@ def load_policy(path: str, vocabulary: dict | None = None):
         return response_logprobs(model, batch).sum(dim=1)
 
     rm.try_out(model, tokenizer, path, logprobs_of)
+    model.to(rm.pick_device())
     with torch.no_grad():
         one, other = model(torch.tensor([[0, 1], [0, 2]], device=model.device)).logits[:, 0]
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
@@ -197,7 +197,8 @@ def states_of(model, batch: dict, name: str) -> Tensor:
     # Rows with one prompt (rollouts of one prompt, pairs of DPO) read it once, if the model can.
     both = torch.cat([ids[:, :-t], real[:, :-t]], dim=1)
     prompts, owner = both.unique(dim=0, return_inverse=True)
-    if len(prompts) < len(ids) and ids.shape[1] > t + 1 and rm.shares_prompts(model):
+    saved = (len(ids) - len(prompts)) * (ids.shape[1] - t)
+    if saved and ids.shape[1] > t + 1 and rm.shares_prompts(model, saved):
         prompts = (x[:, :-1] for x in prompts.chunk(2, dim=1))  # the last is read with the response
         prompts = dict(zip(("input_ids", "attention_mask"), prompts, strict=True))
         responses = {"input_ids": ids[:, -t - 1 : -1], "attention_mask": real[:, -t - 1 : -1]}
@@ -272,7 +273,8 @@ def generate(
     keep = [place[tuple(ids)] for ids in prompt_ids]
     read, mask = rm.pad(list(place), ends[0], device, left=True).values()
     responses, unfinished, cache = [[] for _ in prompt_ids], range(len(prompt_ids)), {}
-    with rm.autocast(device):  # around the loop: weights are cast to bf16 once, not for each token
+    # autocast around the loop: weights are cast to bf16 once, not for each token.
+    with rm.autocast(device, bf16=True):
         for _ in range(max_new_tokens):
             unread = 1 if cache else read.shape[1]  # tokens that the cache does not hold
             position = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -397,7 +399,7 @@ def rollout(args, models, asked: list[tuple[str, list[int]]]):
     batch = collate(tokenizer, list(zip(prompt_ids, responses, strict=True)), device)
     pieces = torch.arange(len(texts), device=device).split(args.micro_batch_size)
     parts = [{name: x[rows] for name, x in batch.items()} for rows in pieces]
-    with torch.no_grad(), rm.autocast(device):
+    with torch.no_grad(), rm.autocast(device, bf16=True):
         old_logprobs = torch.cat([response_logprobs(policy, part, t) for part in parts])
         ref_logprobs = torch.cat([response_logprobs(ref_policy, part, t) for part in parts])
         old_values = torch.cat([critic(part) for part in parts])
@@ -436,7 +438,7 @@ def update(args, policy, critic, optimizer, batch: dict) -> dict[str, float]:
             for piece in rows.split(args.micro_batch_size):
                 part = {name: x[piece] for name, x in batch.items()}
                 mask, old_logprobs = part["mask"], part["old_logprobs"]
-                with rm.autocast(policy.device):
+                with rm.autocast(policy.device, bf16=True):
                     logprobs = response_logprobs(policy, part, args.temperature)
                     values = critic(part)
                 pg = policy_loss(logprobs, old_logprobs, part["advantages"], mask, args.clip_range)
@@ -560,7 +562,7 @@ def fit(args, work, readers, tokenizer, items, loss_of, weight_of, sort=True) ->
     for item, [(prompt_ids, _), *_] in zip(kept, groups, strict=True):
         if not prompt_ids:  # from what would it predict the response's first token?
             raise data.Mistake(f"{args.data}, row {items.index(item) + 1}: empty prompt; drop it")
-    step = rm.gradient_step(policy, loss_of, args, weight_of)
+    step = rm.gradient_step(policy, loss_of, args, weight_of, bf16=True)
     log = rm.fit(args, work, policy, groups, step, sort=sort)
     rm.save_model(policy, tokenizer, work)
     print(f"{args.out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} nats")

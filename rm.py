@@ -161,9 +161,10 @@ def row_lengths(groups: Sequence[Group]) -> list[int]:
 # --------------------------------------------------------------------------- rewards and accuracy
 def rewards_of(forward: Callable, model, tokenizer, groups: Sequence[Group]) -> Tensor:
     """Returns the rewards (n,) of all rows. `forward` is the model, perhaps at other parameters."""
-    if shares_prompts(model) and all(prompt_ids for group in groups for prompt_ids, _ in group):
-        return rewards_reading_prompts_once(forward, model, tokenizer, groups)
     rows = [row for group in groups for row in group]
+    lengths = [len(prompt_ids) for prompt_ids, _ in rows]
+    if min(lengths) and shares_prompts(model, (len(rows) - len(groups)) * max(lengths)):
+        return rewards_reading_prompts_once(forward, model, tokenizer, groups)
     return forward(**collate(tokenizer, rows, model.device)).logits[:, 0]
 
 
@@ -231,7 +232,7 @@ def load_reward_model(path: str, seed: int | None = None):
     """
     auto_class = AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed or 0)
+        torch.default_generator.manual_seed(seed or 0)  # not torch.manual_seed: CUDA's would follow
         model, tokenizer, new = load_pretrained(auto_class, path, LM_HEADS, num_labels=1)
         if new and seed is None:
             raise data.Mistake(f"{path}: no reward head ({new[0]}); train one from it with rm.py")
@@ -263,6 +264,9 @@ def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options)
     """
     logging.set_verbosity_error()  # "newly initialised: score.weight" is said by us, if it matters
     logging.disable_progress_bar()
+    # Since torch 2.11, cuDNN's attention comes first on H100 and B200. Its backward pass gives NaN
+    # for masked rows of 64 modulo 128 tokens (pytorch#196678), and each shape costs a plan.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not Path(path).is_dir() and (path.count("/") != 1 or path[0] in "./~"):
         raise data.Mistake(f"{path}: no such folder; give a `save_pretrained` folder or a hub name")
     if find_adapter_config_file(path):  # the loader would leave the adapter out, or train only it
@@ -305,6 +309,8 @@ def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]
         alone = torch.cat([answer([[row]]) for group in groups for row in group])
         together = answer(groups)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        if data.out_of_memory(error):
+            raise
         raise data.Mistake(f"{fault} ({error!r:.200})") from error
     # float32 rounds in the sixth digit; a mask that is ignored shows in the fourth at the latest.
     close = {"rtol": 0, "atol": 5e-5 * (alone.abs().max().item() + 1e-2)}
@@ -315,7 +321,9 @@ def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]
     try:
         model.shares_prompts = True
         model.can_cache = torch.allclose(alone, answer(groups), **close)
-    except Exception:  # no cache, or one of another kind: its rows are read in full
+    except Exception as error:  # no cache, or one of another kind: its rows are read in full
+        if data.out_of_memory(error):
+            raise
         model.can_cache = False
     # Rows this short would not feel a window over the last tokens: such models read rows in full.
     # (ppo.generate reads on token by token, as transformers does.)
@@ -335,9 +343,16 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA (weights stay float32); nothing on a CPU, where it would only cost precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device: torch.device, bf16: bool = False) -> torch.autocast:
+    """Returns a model's precision: float32 or, with bf16=True and on CUDA, bf16 products.
+
+    bf16 is for policies (weights stay float32); on a CPU it would only cost precision. Reward
+    models get float32: a climb (Eq. 3) moves a weight by about 1e-6, less than bf16 can see, and L
+    and J at theta' would be computed from weights rounded anew. On SmolLM2-135M from weights stored
+    in bf16, with a climb of 0.02, bf16 shows .73 and .84 of float32's rise of J (two batches), TF32
+    products .83 and .91 (simulated on a CPU, rounded to nearest; cut off, 6.1 and 2.3).
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
 
 
 # ------------------------------------------------- the one training loop: RM, MetaRM, SFT and DPO
@@ -359,21 +374,23 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, flag: str = "-
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def gradient_step(model, loss_of: Callable, args, weight_of: Callable = len) -> Callable:
+def gradient_step(model, loss_of: Callable, args, weight_of: Callable = len, bf16=False):
     """Returns step(optimizer, batch, number) -> {"loss", "grad_norm"}: an optimizer step on it.
 
     loss_of: groups -> scalar mean. A batch is cut into micro-batches to save memory. Each mean
     counts by its share of the batch (`weight_of`: rows; in SFT tokens): same gradient.
+    bf16: as in `autocast`.
     """
 
     def step(optimizer, batch: list[Group], number: int) -> dict[str, float]:
-        total = 0.0
+        losses = []
         for start in range(0, len(batch), args.micro_batch_size):
             part = batch[start : start + args.micro_batch_size]
-            with autocast(model.device):
+            with autocast(model.device, bf16):
                 loss = loss_of(part) * weight_of(part) / weight_of(batch)
             loss.backward()
-            total += loss.item()
+            losses.append(loss.detach())  # .item() here would wait for the GPU in every micro-batch
+        total = sum(torch.stack(losses).tolist())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         # Before the step, which would carry NaN from one weight into all.
         if not math.isfinite(total + norm):
@@ -426,7 +443,9 @@ class Checkpoint:
 
     def __init__(self, args, work: Path, parts: dict, trained_on=()):
         self.path, self.parts, self.last = work / "checkpoint.pt", parts, time.monotonic()
-        options = {key: value for key, value in vars(args).items() if key != "checkpoint_minutes"}
+        # Out of memory, a run goes on with smaller micro-batches: the batches stay the same.
+        free = ("checkpoint_minutes", "micro_batch_size")
+        options = {key: value for key, value in vars(args).items() if key not in free}
         self.options = f"{sorted(options.items())} {zlib.crc32(repr(trained_on).encode())}"
         self.minutes = args.checkpoint_minutes
 
@@ -512,9 +531,15 @@ def main(argv: list[str] | None = None) -> int:
 # responses (T tokens) on a copy of its cache: P + kT tokens instead of k(P + T). Gradients flow
 # through the cache; the rewards are the same. To do without it, set model.shares_prompts = False
 # (and in ppo.generate model.can_cache = False).
-def shares_prompts(model) -> bool:
-    """Whether `try_out` found that `read_prompts_once` gives this model's own answers."""
-    return getattr(model, "shares_prompts", False)
+def shares_prompts(model, saved: int = 0) -> bool:
+    """Whether to `read_prompts_once`: `try_out` found it right, and it pays to save these tokens.
+
+    It takes two passes instead of one. On a CPU that costs nothing. On a GPU a pass over 30 layers
+    and back is some 6,000 kernel launches, 60 ms for one row as for fifty: at 135M weights in
+    float32, the work of some 3,000 tokens, which also take 1.6 GB per 1,000 (bf16: 1.3 GB). So on a
+    GPU rows are read in full, unless 2,048 tokens are saved: that bounds what it costs in memory.
+    """
+    return getattr(model, "shares_prompts", False) and saved >= 2048 * (model.device.type == "cuda")
 
 
 def name_of_cache(output) -> str:

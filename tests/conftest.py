@@ -16,6 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 torch.set_num_threads(1)
 tr.logging.set_verbosity_error()
 
+# Tests compare with exact figures, which the CPU gives. So they see no CUDA device, nor do the
+# processes that they start; those marked `cuda` see it. (init: before the variable hides it.)
+GPUS = torch.cuda.device_count()
+if GPUS:
+    torch.cuda.init()
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
+
 TEXT = """Human: my phone is broken, please help.
 Assistant: Sorry, we will send a new phone today.
 the parcel is late and the invoice is wrong
@@ -100,6 +108,20 @@ def make_pairs(n: int) -> list[dict]:
         chosen, rejected = f" thank you, {THINGS[i % 4]}", " Sorry" * (i % 3)
         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return pairs
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: runs on a CUDA device, and is skipped without one")
+
+
+@pytest.fixture(autouse=True)
+def devices(request, monkeypatch):
+    """Gives the devices back to a test that is marked `cuda`."""
+    if request.node.get_closest_marker("cuda"):
+        if not GPUS:
+            pytest.skip("needs a CUDA device")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: GPUS)
 
 
 @pytest.fixture(scope="session")

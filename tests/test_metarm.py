@@ -576,7 +576,7 @@ def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path, monkeypat
         assert len(said) == warnings and all(f"lower --eta {eta}" in line for line in said)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @ORDERS
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_cuda_equals_cpu_and_runs_under_bf16_autocast(order, architecture):

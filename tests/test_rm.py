@@ -1,7 +1,10 @@
 """rm.py: the loss in closed form, one encoding, scores that depend on the text alone."""
 
+import argparse
+import functools
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from conftest import ARCHITECTURES, GEMMA, SMALL, make_pairs, make_policy, make_
 from safetensors.torch import load_file, save_file
 
 import data
+import ppo
 import rm
 
 LONG = "Human: the parcel is late and the invoice is wrong, please help"
@@ -238,7 +242,74 @@ def test_broken_folders_are_refused(tmp_path):
     refused(folder, "not a whole")
 
 
+# --------------------------------------------------------------------------- what a GPU asks for
+def test_loading_leaves_cudas_generator_and_its_attention_without_cudnn(policy_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", pytest.fail)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    rm.load_reward_model(policy_folder, seed=0)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.cuda
+def test_on_cuda_policies_are_read_in_bf16_and_reward_models_in_float32():
+    x = torch.ones(2, 2, device="cuda")
+    for bf16, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
+        with rm.autocast(x.device, bf16):
+            assert (x @ x).dtype == dtype
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_on_a_gpu_prompts_are_read_once_where_it_saves_much():
+    for device, saved, want in [("cpu", 0, True), ("cuda", 2047, False), ("cuda", 2048, True)]:
+        model = argparse.Namespace(shares_prompts=True, device=torch.device(device))
+        assert rm.shares_prompts(model, saved) == want
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
+
+
+def test_out_of_memory_is_told_with_stage_and_fix(tmp_path, policy_folder, pairs_file, capsys):
+    flags = f"--model {policy_folder} --data {pairs_file} --micro_batch_size 8 --out {tmp_path}/x"
+    for module, mode, place in [(rm, "", "fit"), (ppo, "sft ", "fit"), (ppo, "dpo ", "try_out")]:
+        with mock.patch.object(rm, place, side_effect=NO_MEMORY):
+            assert module.main((mode + flags).split()) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        for words in (f"{mode}--out {tmp_path}/x", "out of memory", "lower --micro_batch_size 8"):
+            assert words in error, error
+
+
+def test_what_out_of_memory_is(policy_folder):
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    caused = data.Mistake("not a whole checkpoint")
+    caused.__cause__ = MemoryError()
+    assert all(map(data.out_of_memory, [error.value, NO_MEMORY, caused, caused.__cause__]))
+    said = [data.Mistake("row 3: 'my phone is out of memory'"), RuntimeError("shapes differ")]
+    assert not any(map(data.out_of_memory, said))
+    # The trial at load blames neither the model nor its cache.
+    model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
+    rewards = [*torch.randn(4).split(1), None]
+    rewards[4] = torch.cat(rewards[:4])
+    for calls in (0, 5):  # memory is full at the first row alone; where prompts are read once
+        answer = mock.Mock(side_effect=[*rewards[:calls], NO_MEMORY])
+        with pytest.raises(torch.OutOfMemoryError):
+            rm.try_out(model, tokenizer, policy_folder, answer)
+
+
 # ----------------------------------------------------------------------------- the training loop
+def test_a_step_waits_for_the_device_as_often_with_many_micro_batches(policy_folder, monkeypatch):
+    model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
+    _, groups = rm.encode_groups(model, tokenizer, make_pairs(8), "D")
+    waits, item, optimizer = [], torch.Tensor.item, torch.optim.SGD(model.parameters(), lr=0.0)
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: waits.append(size) or item(x))
+    for size in (8, 1):
+        args = argparse.Namespace(micro_batch_size=size, max_grad_norm=1.0, out="x")
+        loss_of = functools.partial(rm.pair_loss, model, model, tokenizer)
+        rm.gradient_step(model, loss_of, args)(optimizer, groups, 0)
+    assert waits.count(8) == waits.count(1)
+
+
 @pytest.fixture(scope="module")
 def pairs_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
