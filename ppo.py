@@ -194,15 +194,16 @@ def states_of(model, batch: dict, name: str) -> Tensor:
     """Returns output `name` at the token BEFORE each response token: (b, t, width)."""
     t, takes = batch["mask"].shape[1], inspect.signature(model.forward).parameters
     ids, real = batch["input_ids"], batch["attention_mask"]
-    # Rows with one prompt (rollouts of one prompt, pairs of DPO) read it once, if the model can.
-    both = torch.cat([ids[:, :-t], real[:, :-t]], dim=1)
-    prompts, owner = both.unique(dim=0, return_inverse=True)
-    if len(prompts) < len(ids) and ids.shape[1] > t + 1 and rm.shares_prompts(model):
-        prompts = (x[:, :-1] for x in prompts.chunk(2, dim=1))  # the last is read with the response
-        prompts = dict(zip(("input_ids", "attention_mask"), prompts, strict=True))
-        responses = {"input_ids": ids[:, -t - 1 : -1], "attention_mask": real[:, -t - 1 : -1]}
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        return rm.read_prompts_once(model, model, prompts, responses, owner, **keep)[1][name]
+    if rm.shares_prompts(model) and ids.shape[1] > t + 1:  # first: `unique` waits for the GPU
+        # Rows with one prompt (rollouts of one prompt, pairs of DPO) read it once.
+        both = torch.cat([ids[:, :-t], real[:, :-t]], dim=1)
+        prompts, owner = both.unique(dim=0, return_inverse=True)
+        if len(prompts) < len(ids):
+            prompts = (x[:, :-1] for x in prompts.chunk(2, dim=1))  # the last: with the response
+            prompts = dict(zip(("input_ids", "attention_mask"), prompts, strict=True))
+            responses = {"input_ids": ids[:, -t - 1 : -1], "attention_mask": real[:, -t - 1 : -1]}
+            keep = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+            return rm.read_prompts_once(model, model, prompts, responses, owner, **keep)[1][name]
     inputs = batch | {"logits_to_keep": t + 1}  # of the prompt, only the last logits are needed
     inputs = {key: x for key, x in inputs.items() if key in takes}
     return model(**inputs, use_cache=False)[name][:, -t - 1 : -1]
@@ -452,8 +453,14 @@ def update(args, policy, critic, optimizer, batch: dict) -> dict[str, float]:
                 moved = (0.5 * log_ratio**2, clipped, value_clipped)
                 means = [pg, vf, *(masked_mean(x, mask) for x in moved)]
                 stats[-1] += share * torch.stack(means).detach()
-            for model in (policy, critic):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            clip, longest = torch.nn.utils.clip_grad_norm_, args.max_grad_norm
+            norms = [clip(model.parameters(), longest).item() for model in (policy, critic)]
+            # Before the step, which would carry NaN from one weight into all. A finite loss does
+            # not tell: where exp(log-ratio) overflows, the clipped loss is finite and its gradient
+            # 0 times infinity.
+            if not all(map(math.isfinite, norms)):
+                why = f"gradient norms {norms} of policy and critic"
+                raise data.Mistake(f"{why}: NaN or infinity; lower --lr or --critic_lr")
             optimizer.step()
             optimizer.zero_grad()
     names = ["loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg"]
@@ -463,6 +470,10 @@ def update(args, policy, critic, optimizer, batch: dict) -> dict[str, float]:
 
 def ppo(args, work: Path) -> None:
     """The command: rounds of rollout and update."""
+    g, per_step = args.rollouts_per_prompt, args.batch_size // args.rollouts_per_prompt
+    if args.batch_size % g:
+        why = f"--batch_size {args.batch_size} is no multiple of --rollouts_per_prompt {g}"
+        raise data.Mistake(f"{why}; try --batch_size {max(1, per_step) * g}")
     policy, tokenizer = load_policy(args.model)
     ref_policy, _ = load_policy(args.ref_policy or args.model, tokenizer.get_vocab())
     reward_model, rm_tokenizer = rm.load_reward_model(args.reward_model)
@@ -472,9 +483,9 @@ def ppo(args, work: Path) -> None:
     prompts, n = data.read_prompts(args.prompts), args.scale_prompts
     items = encode_prompts(readers, prompts, args.max_new_tokens, args.prompts, args.max_length)
     aside, items = [prompt for prompt, _ in items[:n]], items[n:]
-    g, per_step = args.rollouts_per_prompt, args.batch_size // args.rollouts_per_prompt
-    if not 0 < per_step <= len(items):
-        raise data.Mistake(f"a step takes {per_step} prompts, --scale_prompts leaves {len(items)}")
+    if per_step > len(items):
+        why = f"{per_step} prompts per step, but --scale_prompts {n} leaves {len(items)}"
+        raise data.Mistake(f"--batch_size {args.batch_size}: {why}; lower either, or add prompts")
 
     def reward_of(prompts, texts):
         texts, limit = list(texts), rm.positions(reward_model)
@@ -490,7 +501,10 @@ def ppo(args, work: Path) -> None:
     options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     texts = sum(sample_responses(ref_policy, tokenizer, aside, 4, **options), [])
     sft_scores = reward_of([prompt for prompt in aside for _ in range(4)], texts)
-    shift, scale = sft_scores.mean().item(), max(sft_scores.std().item(), 1e-6)
+    shift, scale = sft_scores.mean().item(), sft_scores.std().item()
+    if scale <= 1e-6 * (1 + abs(shift)):  # float32's rounding: nothing to divide by
+        why = f"all {len(texts)} samples of the reference get one reward, {shift:.6g}"
+        raise data.Mistake(f"--scale_prompts {n}: {why}; raise it or --temperature")
     models = (policy, ref_policy, critic, tokenizer, reward_of, shift, scale)
     # Policy and critic have learning rates of their own, as in the paper. fused: one quick kernel.
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
@@ -508,8 +522,6 @@ def ppo(args, work: Path) -> None:
         asked = [items[i] for i in drawn for _ in range(g)]
         batch, figures, texts, raw_scores = rollout(args, models, asked)
         figures |= update(args, policy, critic, optimizer, batch)
-        if not all(map(math.isfinite, figures.values())):
-            raise data.Mistake(f"--out {args.out}: NaN at PPO step {step}; lower --lr, --critic_lr")
         # Write down what happened, and how to go on from here.
         said = {"prompts": [items[i][0] for i in drawn]}
         said["responses"] = [texts[i : i + g] for i in range(0, len(texts), g)]

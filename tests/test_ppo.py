@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -414,6 +415,34 @@ def test_ppo_raises_the_reward(world, tmp_path, monkeypatch):
     assert last > first + 5
 
 
+def test_no_step_on_a_gradient_that_is_not_finite(world, tmp_path, monkeypatch, capsys):
+    """exp(100) is inf in float32: the clipped loss is finite, its gradient NaN."""
+    rollout, steps = ppo.rollout, []
+
+    def far_away(*arguments):
+        batch, *rest = rollout(*arguments)
+        batch["old_logprobs"] -= 100.0
+        batch["advantages"] = batch["mask"].float()
+        return batch, *rest
+
+    monkeypatch.setattr(ppo, "rollout", far_away)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: steps.append(1))
+    assert run(f"ppo --model WORLD/policy {LOOP} --out {tmp_path}/x", world) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "nan" in error and "lower --lr or --critic_lr" in error
+    assert steps == [] and not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_rewards_without_a_scale_are_refused(world, tmp_path, monkeypatch, capsys):
+    def score(model, tokenizer, prompts, responses, batch_size=64):
+        return 0.1 * torch.tensor([3.0 if i % 2 else 3.0000002 for i in range(len(prompts))])
+
+    monkeypatch.setattr(rm, "score", score)
+    assert run(f"ppo --model WORLD/policy {LOOP} --out {tmp_path}/x", world) == 2
+    error = capsys.readouterr().err
+    assert re.search("--scale_prompts 8: all 32 .*one reward, 0.3; .*--temperature", error)
+
+
 def test_image_and_text_models(tmp_path, world):
     """Gemma 3: the text model's settings are one level down; PPO reads text through all of it."""
     tokenizer = make_tokenizer(bos="<bos>")
@@ -466,7 +495,7 @@ def test_limits_of_all_models_are_checked_before_the_work(world, tmp_path, capsy
 def test_mistakes_get_one_line(world, tmp_path, capsys):
     """Those of this file alone; tests/test_mistakes.py has the rest."""
     for command, word in {
-        f"ppo {LOOP} --batch_size 200": "--scale_prompts leaves 32",
+        f"ppo {LOOP} --batch_size 200": "--scale_prompts 8 leaves 32",
         "sample --prompts WORLD/pairs.jsonl --k 0": "--k 0",
         "sample --prompts WORLD/pairs.jsonl --max_length 9": "0 of 40",
         "sample --prompts WORLD/empty.jsonl": "empty.jsonl, row 2",
