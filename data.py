@@ -424,9 +424,8 @@ def without(prompt: str, response: str) -> str:
     return body.removeprefix(head) if head and body.startswith(head) else response
 
 
-def prompt_of(row: dict, where: str) -> str:
-    """The text of row["prompt"]; of message lists, up to where the assistant answers."""
-    prompt = row.get("prompt")
+def prompt_of(prompt, where: str) -> str:
+    """The text of a row's prompt; of a message list, up to where the assistant answers."""
     if isinstance(prompt, list) and prompt:
         return "".join(turns_of(prompt, "prompt", where)) + ANSWER
     return checked(prompt, "prompt", where)
@@ -478,7 +477,7 @@ def read_meta(path) -> list[dict]:
             if isinstance(text, list):  # TRL's messages, read as those of a pair
                 texts[i] = split_row(row | {"responses": text}, "responses", where)[1]
         same += len(texts) - len({checked(text, "responses", where) for text in texts})
-        rows.append({"prompt": prompt_of(row, where), "responses": texts})
+        rows.append({"prompt": prompt_of(row.get("prompt"), where), "responses": texts})
     if same:
         what = f"{same / len(rows) / len(texts):.1%} of the responses are identical to another"
         print(f"{path}: warning: {what} of their prompt; sample hotter ones", file=sys.stderr)
@@ -496,7 +495,7 @@ def read_sft(path) -> list[dict]:
 
 def read_prompts(path) -> list[str]:
     """The key "prompt" of each row. Raises: Mistake naming file and line."""
-    return [prompt_of(row, where) for where, row in read_lines(path)]
+    return [prompt_of(row.get("prompt"), where) for where, row in read_lines(path)]
 
 
 def write_text(path, text: str) -> None:

@@ -431,7 +431,7 @@ def kl_to(policy, tokenizer, reference, prompts, groups, temperature=1.0, longes
     rows = [(x, y[:longest]) for x, y in rows]  # cut off there: no EOS was sampled
     device, total = rm.pick_device(), 0.0
     for start in range(0, len(rows), 64):
-        batch = ppo.collate(tokenizer, rows[start : start + 64], device)
+        batch = ppo.policy_batch(tokenizer, rows[start : start + 64], device)
         for model, sign in ((policy, 1), (reference, -1)):
             logprobs = ppo.response_logprobs(model.to(device), batch, temperature)
             total += sign * logprobs.double().sum().item()
