@@ -446,8 +446,9 @@ def test_settings_are_what_the_docstrings_name(world, tmp_path, monkeypatch):
     """So who copies `rollout` and `update` knows what to bring."""
     for function in (ppo.rollout, ppo.update):
         named = re.search(r"has the numbers ([a-z_,\s]+)", function.__doc__)[1]
+        named = re.findall(r"\w+", named)
 
-        def call(*arguments, function=function, named=re.findall(r"\w+", named)):
+        def call(*arguments, function=function, named=named):
             *others, args = arguments
             return function(*others, SimpleNamespace(**{x: getattr(args, x) for x in named}))
 
