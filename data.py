@@ -424,6 +424,13 @@ def without(prompt: str, response: str) -> str:
     return body.removeprefix(head) if head and body.startswith(head) else response
 
 
+def prompt_of(prompt, where: str) -> str:
+    """The text of a row's prompt; of a message list, up to where the assistant answers."""
+    if isinstance(prompt, list) and prompt:
+        return "".join(turns_of(prompt, "prompt", where)) + ANSWER
+    return checked(prompt, "prompt", where)
+
+
 def read_preferences(path) -> list[dict]:
     r"""Preference pairs [{"prompt", "chosen", "rejected"}], all strings, of .jsonl or .jsonl.gz.
 
@@ -466,8 +473,11 @@ def read_meta(path) -> list[dict]:
         texts = row.get("responses")
         if not isinstance(texts, list) or not 2 <= len(texts) == len(lines[0][1]["responses"]):
             raise Mistake(f'{where}: key "responses" needs k >= 2 texts, the same k in all rows')
+        for i, text in enumerate(texts):
+            if isinstance(text, list):  # TRL's messages, read as those of a pair
+                texts[i] = split_row(row | {"responses": text}, "responses", where)[1]
         same += len(texts) - len({checked(text, "responses", where) for text in texts})
-        rows.append({"prompt": checked(row.get("prompt"), "prompt", where), "responses": texts})
+        rows.append({"prompt": prompt_of(row.get("prompt"), where), "responses": texts})
     if same:
         what = f"{same / len(rows) / len(texts):.1%} of the responses are identical to another"
         print(f"{path}: warning: {what} of their prompt; sample hotter ones", file=sys.stderr)
@@ -485,7 +495,7 @@ def read_sft(path) -> list[dict]:
 
 def read_prompts(path) -> list[str]:
     """The key "prompt" of each row. Raises: Mistake naming file and line."""
-    return [checked(row.get("prompt"), "prompt", where) for where, row in read_lines(path)]
+    return [prompt_of(row.get("prompt"), where) for where, row in read_lines(path)]
 
 
 def write_text(path, text: str) -> None:
@@ -553,7 +563,7 @@ def modes(parser: argparse.ArgumentParser, names: str):
 
 
 # All other numbers of all commands must be above 0.
-MAY_BE_0 = "seed eta noise max_length valid_share kl_coef gamma lam scale_prompts".split()
+MAY_BE_0 = "seed eta noise max_length valid_share kl_coef gamma lam".split()
 MAY_BE_0 += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
 
 

@@ -497,7 +497,7 @@ def kl_to(policy, tokenizer, reference, prompts, groups, temperature=1.0, longes
     total = 0.0
     for start in range(0, len(rows), 64):
         part = [(x, y[:longest]) for x, y in rows[start : start + 64]]  # cut off: without an EOS
-        batch = ppo.collate(tokenizer, part, policy.device)
+        batch = ppo.policy_batch(tokenizer, part, policy.device)
         said = batch["input_ids"][:, -batch["mask"].shape[1] :, None]  # (64, t, 1)
         for model, sign in ((policy, 1), (reference, -1)):
             # Log-probabilities of each token that could have been said: (64, t, vocabulary).

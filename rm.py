@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
 from transformers.utils import find_adapter_config_file
 
 import data
@@ -268,16 +268,24 @@ def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options)
     # for masked rows of 64 modulo 128 tokens (pytorch#196678), and each shape costs a plan.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not Path(path).is_dir() and (path.count("/") != 1 or path[0] in "./~"):
-        raise data.Mistake(f"{path}: no such folder; give a `save_pretrained` folder or a hub name")
+        raise data.Mistake(f"{path}: no such folder; a hub name is like openai-community/gpt2")
     if find_adapter_config_file(path):  # the loader would leave the adapter out, or train only it
         raise data.Mistake(f"{path}: a PEFT adapter; merge it first, or see docs/trainers/lora.py")
     options |= {"dtype": torch.float32, "use_safetensors": True}  # no pickles, no code from the hub
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = auto_class.from_pretrained(path, trust_remote_code=False, **options)
-    except Exception as error:  # a dozen types, which mean the same to the user
-        raise data.Mistake(f"{path}: not a whole {auto_class.__name__} ({error!r:.200})") from error
+
+    def load(part, **options):
+        try:
+            return part.from_pretrained(path, trust_remote_code=False, **options)
+        except Exception as e:  # a dozen types, which mean the same to the user
+            raise data.Mistake(f"{path}: not a whole {auto_class.__name__} ({e!r:.200})") from e
+
+    config, tokenizer = load(AutoConfig), load(AutoTokenizer)
+    # Weights of 4 or 8 bits take no gradient: all steps would be run, and nothing would move.
+    if any(getattr(x, "quantization_config", 0) for x in (config, config.get_text_config())):
+        fix = "take full-precision weights, or train adapters: docs/trainers/lora.py"
+        raise data.Mistake(f"{path}: a quantised checkpoint cannot be trained; {fix}")
+    model, info = load(auto_class, **options)
     trunk, new = f"{model.base_model_prefix}.", sorted(info["missing_keys"])
     unused = [key for key in sorted(info["unexpected_keys"]) if not re.search(may_be_unused, key)]
     wrong = [f"{key} has another shape" for key in sorted(info["mismatched_keys"])]
@@ -285,6 +293,7 @@ def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options)
     wrong += [f"its weight {key} would not be used" for key in unused]
     for name, p in model.named_parameters():
         wrong += [] if torch.isfinite(p).all() else [f"{name} holds NaN or infinity"]
+        wrong += [] if p.requires_grad else [f"{name} is frozen (see docs/trainers/lora.py)"]
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         wrong.append(f"its tokenizer has {len(tokenizer)} tokens, more than its embedding")
     if wrong:

@@ -78,7 +78,7 @@ def check_policy(before: str, after: str, tied: bool) -> None:
     rows = [rm.encode(tokenizer, pair["prompt"], pair["chosen"]) for pair in PAIRS[:3]]
     assert len({len(prompt) for prompt, _ in rows}) > 1  # so some are padded
     with torch.no_grad():
-        logprobs = ppo.response_logprobs(policy, ppo.collate(tokenizer, rows))
+        logprobs = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, rows))
         for (prompt, response), got in zip(rows, logprobs, strict=True):
             plain = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
             want = [plain[len(prompt) + t - 1, id].item() for t, id in enumerate(response)]

@@ -231,6 +231,28 @@ def test_meta_and_prompts(tmp_path, capsys):
     assert 10 < sum(row["responses"] == ["a", "b"] for row in read) < 40
 
 
+def test_message_lists_are_read_alike(tmp_path):
+    """Prompts and S, as those of a pair of D: system and all turns, and what is to be said next."""
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    said = [[{"role": "assistant", "content": text}] for text in ("So.", "")]
+    pairs = put(tmp_path / "d.jsonl", {"prompt": prompt, "chosen": said[0], "rejected": said[1]})
+    [pair] = data.read_preferences(pairs)
+    assert pair["prompt"] == "\n\nSystem: Be brief.\n\nHuman: Why?\n\nAssistant:"
+    assert data.read_prompts(pairs) == [pair["prompt"]]
+    file = put(tmp_path / "s.jsonl", {"prompt": prompt, "responses": said})
+    assert data.read_meta(file) == [{"prompt": pair["prompt"], "responses": [" So.", ""]}]
+    whole = [[*prompt, *turns] for turns in said]  # the conversation beside its prompt
+    assert (
+        data.read_meta(put(file, {"prompt": prompt, "responses": whole}))[0]["responses"][0]
+        == " So."
+    )
+    texts = put(file, {"prompt": prompt, "responses": [" a", " b"]})
+    assert data.read_meta(texts) == [{"prompt": pair["prompt"], "responses": [" a", " b"]}]
+    for bad in ([], [{"role": "tool", "content": "x"}], [3]):
+        with pytest.raises(data.Mistake, match='line 1: key "prompt"'):
+            data.read_prompts(put(file, {"prompt": bad}))
+
+
 def test_every_reader_takes_a_file_on_the_hub(tmp_path, monkeypatch):
     def download(*asked, repo_type):
         assert (*asked, repo_type) == ("a/b", "c/d.jsonl", "dataset")

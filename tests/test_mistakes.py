@@ -53,6 +53,9 @@ MISTAKES = [  # (command, what is added to it, what the line must say)
     ("ppo.py sample", "--max_new_tokens 500", "--max_new_tokens.* 128.* positions"),
     # models
     ("rm.py", "--model polcy", "polcy: no such folder"),
+    ("ppo.py sft", "--model gpt3", "gpt3: no such folder.* openai-community/gpt2"),
+    ("rm.py", "--model bnb", "bnb: .*quantised.*docs/trainers/lora.py"),
+    ("ppo.py sft", "--model gptq", "gptq: .*quantised.*docs/trainers/lora.py"),
     ("rm.py", "--model notes", "notes: not a whole"),
     ("rm.py", "--model adapter", "adapter.*merge"),
     ("ppo.py sft", "--model adapter", "adapter.*merge"),
@@ -60,6 +63,10 @@ MISTAKES = [  # (command, what is added to it, what the line must say)
     ("ppo.py sft", "--model rm", "rm: .*score.weight"),
     ("ppo.py ppo", "--reward_model policy", "policy: .*no reward head"),
     ("ppo.py dpo", "--ref_policy gpt2", "gpt2.*vocabulary"),
+    # numbers that do not go together
+    ("ppo.py ppo", "--scale_prompts 0", "--scale_prompts 0"),
+    ("ppo.py ppo", "--batch_size 30", "size 30 .*--rollouts_per_prompt 4; .*--batch_size 28"),
+    ("ppo.py ppo", "--batch_size 2", "--batch_size 2 .*--rollouts_per_prompt 4; .*--batch_size 4"),
     # numbers that blow up on the way
     ("rm.py", "--lr 1e30", "nan.*lower --lr"),
     ("ppo.py ppo", "--lr 1e30", "NaN.*lower --lr"),
@@ -91,6 +98,12 @@ def world(tmp_path_factory):
     weights = load_file(shutil.copytree(w / "policy", w / "nan") / "model.safetensors")
     weights["model.norm.weight"][0] = math.nan
     save_file(weights, w / "nan/model.safetensors", metadata={"format": "pt"})
+    bits = {"bnb": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    bits["gptq"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    for name, how in bits.items():
+        config = shutil.copytree(w / "policy", w / name) / "config.json"
+        content = json.loads(config.read_text()) | {"quantization_config": how}
+        config.write_text(json.dumps(content))
     model, tokenizer = rm.load_reward_model(f"{w}/policy", seed=0)
     rm.save_model(model, tokenizer, w / "rm")
     peft = pytest.importorskip("peft")
@@ -131,6 +144,21 @@ def test_mistake(world, tmp_path, monkeypatch, capfd, command, added, words):
     # Of a run that blew up, the log may be left to look at.
     left = [path.name for path in tmp_path.iterdir()]
     assert left == [] or (left == ["x.partial"] and "1e30" in added)
+
+
+def test_frozen_weights_are_refused(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(world)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def load_and_freeze(*arguments, **options):
+        model, info = load(*arguments, **options)
+        model.model.norm.requires_grad_(False)
+        return model, info
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_and_freeze)
+    module, argv = argv_of("ppo.py sft", "", tmp_path)
+    assert ppo.main(argv) == 2
+    check_told(module, capfd.readouterr().err, "policy: model.norm.* frozen .*docs/trainers/lora")
 
 
 def test_mistakes_of_the_report(tmp_path, capfd):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,7 +112,7 @@ def test_rows_do_not_depend_on_padding_or_company(tmp_path, architecture):
     prompts = ["my phone", "where is the parcel of my boss", "a"]
     responses = [" Sorry", "", " we refund it today", " a b"]
     rows = [rm.encode(tokenizer, x, y) for y in responses for x in prompts]
-    batch, results = ppo.collate(tokenizer, rows), []
+    batch, results = ppo.policy_batch(tokenizer, rows), []
     for share in (False, True):
         policy.shares_prompts = critic.trunk.shares_prompts = share
         outputs = [ppo.response_logprobs(policy, batch, 0.7), critic(batch) * batch["mask"]]
@@ -184,22 +186,30 @@ def test_prompts_of_one_token(policy_folder):
     policy, tokenizer = ppo.load_policy(policy_folder)
     rows = [([prompt], [5, 6, 7][:n]) for prompt in (3, 4) for n in (3, 2)] + [([8, 9, 3], [5])]
     for some in (rows[:4], rows):
-        together = ppo.response_logprobs(policy, ppo.collate(tokenizer, some))
+        together = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, some))
         for row, got in zip(some, together, strict=True):
-            alone = ppo.response_logprobs(policy, ppo.collate(tokenizer, [row]))[0]
+            alone = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, [row]))[0]
             assert torch.allclose(got[: len(alone)], alone, atol=1e-5)
 
 
-def test_draw_against_the_distribution():
+def test_sample_tokens_against_the_distribution():
     probabilities = torch.tensor([0.5, 0.04, 0.3, 0.16])
     torch.manual_seed(0)
     for top_p, want in ((1.0, [0.5, 0.04, 0.3, 0.16]), (0.7, [0.625, 0, 0.375, 0])):
-        tokens = ppo.draw(probabilities.log().expand(20_000, 4), top_p)
+        tokens = ppo.sample_tokens(probabilities.log().expand(20_000, 4), top_p)
         shares = tokens.flatten().bincount(minlength=4) / 20_000
         assert torch.allclose(shares, torch.tensor(want), atol=0.012)  # 3.4 standard errors
         assert (shares[torch.tensor(want) == 0] == 0).all()
-    with pytest.raises(data.Mistake, match="NaN"):
-        ppo.draw(torch.tensor([[0.0, 1.0], [0.0, math.nan]]))
+    for top_p in (1.0, 0.7):  # a row of NaN is told from the others
+        tokens = ppo.sample_tokens(torch.tensor([[0.0, -99.0], [0.0, math.nan]]), top_p)
+        assert tokens.tolist() == [[0], [-1]]
+
+
+def test_generate_refuses_nan(policy_folder):
+    model, tokenizer = ppo.load_policy(policy_folder)
+    model.lm_head.weight.data[7, 0] = math.nan
+    with pytest.raises(data.Mistake, match="NaN.*lower the --lr"):
+        ppo.generate(model, tokenizer, [[3], [4]], 2, 1.0)
 
 
 def test_sample_responses_is_seeded_and_keeps_the_order(policy_folder):
@@ -243,7 +253,7 @@ def test_the_models_generation_settings_are_saved_and_only_its_ends_are_used(tmp
     spoken = [row[:-1] if row[-1] in ends else row for row in said]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in spoken]
     assert ppo.response_texts(model, tokenizer, prompts, said) == texts
-    mask = ppo.collate(tokenizer, list(zip(prompts, said, strict=True)))["mask"]
+    mask = ppo.policy_batch(tokenizer, list(zip(prompts, said, strict=True)))["mask"]
     assert mask.sum(dim=1).tolist() == [len(row) for row in said]
     rm.save_model(model, tokenizer, tmp_path / "out")
     saved = json.loads((tmp_path / "out/generation_config.json").read_text())
@@ -293,7 +303,7 @@ def test_logits_and_values(policy_folder):
     critic = ppo.Critic(model)
     texts = (" Sorry, we refund", " Sorry, we will")
     rows = [rm.encode(tokenizer, "Human: help", text) for text in texts]
-    batch = ppo.collate(tokenizer, rows)
+    batch = ppo.policy_batch(tokenizer, rows)
     assert (critic(batch) == 0).all() and critic(batch).shape == batch["mask"].shape
     torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
     a, b = critic(batch)
@@ -414,6 +424,48 @@ def test_ppo_raises_the_reward(world, tmp_path, monkeypatch):
     assert last > first + 5
 
 
+def test_no_step_on_a_gradient_that_is_not_finite(world, tmp_path, monkeypatch, capsys):
+    """exp(100) is inf in float32: the clipped loss is finite, its gradient NaN."""
+    rollout, steps = ppo.rollout, []
+
+    def far_away(*arguments):
+        batch, *rest = rollout(*arguments)
+        batch["old_logprobs"] -= 100.0
+        batch["advantages"] = batch["mask"].float()
+        return batch, *rest
+
+    monkeypatch.setattr(ppo, "rollout", far_away)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: steps.append(1))
+    assert run(f"ppo --model WORLD/policy {LOOP} --out {tmp_path}/x", world) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "NaN ahead" in error and "lower --lr or --critic_lr" in error
+    assert steps == [] and not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_settings_are_what_the_docstrings_name(world, tmp_path, monkeypatch):
+    """So who copies `rollout` and `update` knows what to bring."""
+    for function in (ppo.rollout, ppo.update):
+        named = re.search(r"has the numbers ([a-z_,\s]+)", function.__doc__)[1]
+        named = re.findall(r"\w+", named)
+
+        def call(*arguments, function=function, named=named):
+            *others, args = arguments
+            return function(*others, SimpleNamespace(**{x: getattr(args, x) for x in named}))
+
+        monkeypatch.setattr(ppo, function.__name__, call)
+    assert run(f"ppo --model WORLD/policy {LOOP} --steps 1 --out {tmp_path}/x", world) == 0
+
+
+def test_rewards_without_a_scale_are_refused(world, tmp_path, monkeypatch, capsys):
+    def score(model, tokenizer, prompts, responses, batch_size=64):
+        return 0.1 * torch.tensor([3.0 if i % 2 else 3.0000002 for i in range(len(prompts))])
+
+    monkeypatch.setattr(rm, "score", score)
+    assert run(f"ppo --model WORLD/policy {LOOP} --out {tmp_path}/x", world) == 2
+    error = capsys.readouterr().err
+    assert re.search("--scale_prompts 8: all 32 .*one reward, 0.3; .*--temperature", error)
+
+
 def test_image_and_text_models(tmp_path, world):
     """Gemma 3: the text model's settings are one level down; PPO reads text through all of it."""
     tokenizer = make_tokenizer(bos="<bos>")
@@ -466,7 +518,7 @@ def test_limits_of_all_models_are_checked_before_the_work(world, tmp_path, capsy
 def test_mistakes_get_one_line(world, tmp_path, capsys):
     """Those of this file alone; tests/test_mistakes.py has the rest."""
     for command, word in {
-        f"ppo {LOOP} --batch_size 200": "--scale_prompts leaves 32",
+        f"ppo {LOOP} --batch_size 200": "--scale_prompts 8 leaves 32",
         "sample --prompts WORLD/pairs.jsonl --k 0": "--k 0",
         "sample --prompts WORLD/pairs.jsonl --max_length 9": "0 of 40",
         "sample --prompts WORLD/empty.jsonl": "empty.jsonl, row 2",

@@ -260,7 +260,7 @@ def test_ocrm_weighs_pairs_by_what_the_policy_says(training, tmp_path):
     t, other, logs = training, make_policy(tmp_path / "other", seed=1), []
     for name in (other, t.policy_folder):
         model, tokenizer = ppo.load_policy(name)
-        said = ppo.collate(tokenizer, [row for pair in t.D for row in pair])
+        said = ppo.policy_batch(tokenizer, [row for pair in t.D for row in pair])
         logs.append(ppo.response_logprobs(model, said).sum(1).view(-1, 2).sum(1).detach())
     ratios = torch.exp(0.1 * (logs[0] - logs[1]))
     weights = arms.pair_weights(t.pairs, other, t.policy_folder, 0.1)
