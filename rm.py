@@ -331,8 +331,9 @@ def save_model(model, tokenizer, folder) -> None:
 
 
 def pick_device() -> torch.device:
-    """Returns the CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Returns the device that METARM_DEVICE names, else CUDA's if there is one, else the CPU."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(os.environ.get("METARM_DEVICE") or found)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -426,7 +427,9 @@ class Checkpoint:
 
     def __init__(self, args, work: Path, parts: dict, trained_on=()):
         self.path, self.parts, self.last = work / "checkpoint.pt", parts, time.monotonic()
-        options = {key: value for key, value in vars(args).items() if key != "checkpoint_minutes"}
+        # Out of memory, a run goes on with smaller micro-batches: the batches stay the same.
+        free = ("checkpoint_minutes", "micro_batch_size")
+        options = {key: value for key, value in vars(args).items() if key not in free}
         self.options = f"{sorted(options.items())} {zlib.crc32(repr(trained_on).encode())}"
         self.minutes = args.checkpoint_minutes
 
