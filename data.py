@@ -51,15 +51,16 @@ SHORTEST, LONGEST = 8, 45  # words
 
 
 def gold_reward(prompt: str, response: str) -> float:
-    """The true reward: the sum of gold_parts(), rounded so that ties are ties."""
+    """Returns the true reward: the sum of gold_parts(), rounded so that ties are ties."""
     return round(float(sum(gold_parts(prompt, response).values())), 6)
 
 
 def gold_parts(prompt: str, response: str) -> dict[str, float]:
-    """The points of each rule of GOLD. Words and phrases count, so broken text can be judged."""
+    """Returns {rule of GOLD: points}. Words and phrases count, so broken text can be judged."""
     problem, thing = read_customer(prompt)
     text = response.lower()
-    words, sentences = text.split(), sentences_of(text)
+    sentences = sentences_of(text)
+    # Whatever gives a remedy away counts as an offer, in a whole sentence or not.
     offered = {name for name, (_, [sign], _, _) in PROBLEMS.items() if re.search(sign, text)}
     courtesies = len(re.findall(COURTEOUS, text))
     # "this is about your lamp" -> "this is about your {thing}"; a time is cut off
@@ -74,34 +75,32 @@ def gold_parts(prompt: str, response: str) -> dict[str, float]:
         "empty promise": GOLD["empty promise"] * len(re.findall(PROMISED, text)),
         "repeated sentence": GOLD["repeated sentence"] * (len(sentences) - len(set(sentences))),
         "broken sentence": GOLD["broken sentence"] * sum(t not in KNOWN for t in templates),
-        "word too many": GOLD["word too many"] * max(0, len(words) - LONGEST),
-        "word too few": GOLD["word too few"] * max(0, SHORTEST - len(words)),
+        "word too many": GOLD["word too many"] * max(0, len(text.split()) - LONGEST),
+        "word too few": GOLD["word too few"] * max(0, SHORTEST - len(text.split())),
     }
 
 
 def read_customer(prompt: str) -> tuple[str, str]:
-    """(problem, thing) that a prompt of the toy world is about. Raises: Mistake for any other."""
+    """Returns (problem, thing) of a prompt of the toy world. Raises: Mistake for any other."""
     thing = re.search(ANY_THING, prompt)
-    if thing:
-        for problem, (wordings, *_) in PROBLEMS.items():
-            if any(wording.format(thing=thing[0]) in prompt for wording in wordings):
-                return problem, thing[0]
+    for problem, (wordings, *_) in PROBLEMS.items():
+        if thing and any(wording.format(thing=thing[0]) in prompt for wording in wordings):
+            return problem, thing[0]
     raise Mistake(f"only prompts of the toy world have a gold reward, and not {prompt[-80:]!r}")
 
 
 def sentences_of(text: str) -> list[str]:
-    """'One.  Two!' -> ['one', 'two']"""
+    """Returns the sentences of a text: 'One.  Two!' -> ['one', 'two']."""
     return [" ".join(part.split()) for part in re.split(r"[.!?]", text.lower()) if part.strip()]
 
 
 # -------------------------------------------------------- everything that can be said in this world
 def table(text: str) -> dict[str, list[list[str]]]:
-    """{first column: [the alternatives in each further column]}; _ stands for {thing}."""
-    rows = {}
-    for row in re.split(r"\n(?=\S)", text.strip().replace("_", "{thing}")):
-        name, *columns = " ".join(row.split()).split(" | ")
-        rows[name] = [column.split(" / ") for column in columns]
-    return rows
+    """Returns {first column: [the alternatives in each further column]}; _ stands for {thing}."""
+    # A row of the table begins at the left margin; what is indented goes on with it.
+    rows = re.split(r"\n(?=\S)", text.strip().replace("_", "{thing}"))
+    cells = (" ".join(row.split()).split(" | ") for row in rows)
+    return {name: [column.split(" / ") for column in columns] for name, *columns in cells}
 
 
 SHOP = """phone laptop tablet camera radio speaker watch headset lamp clock scooter drill shaver
@@ -110,88 +109,91 @@ torch keyboard mouse printer scanner tracker fan doorbell robot drone monitor"""
 #     | how the desk puts the remedy | out of domain also: the things it happens to
 SHOP_PROBLEMS = table("""
 late | My _ has not arrived yet. / I am still waiting for my _. / Where is the _ that I ordered?
-    | courier | ask the courier where it is / trace it with the courier / call the courier
+  | courier | ask the courier where it is / trace it with the courier / call the courier
 broken | My _ came broken. / There is a crack in my _. / The _ was in pieces when I opened the box.
-    | replace|brand new | send a replacement / replace it for free / send a brand new one
+  | replace|brand new | send a replacement / replace it for free / send a brand new one
 wrong item | I ordered a _ and got something else. / This is not the _ I chose.
-    / My _ has the wrong colour.
-    | swap|return label | swap it / send a prepaid return label / collect it and swap it
+  / My _ has the wrong colour.
+  | swap|return label | swap it / send a prepaid return label / collect it and swap it
 charged twice | I was charged twice for my _. / You took too much money for my _.
-    / My bank shows the price of the _ two times.
-    | refund|pay back | refund the second charge / pay back the money / refund your card
+  / My bank shows the price of the _ two times.
+  | refund|pay back | refund the second charge / pay back the money / refund your card
 forgotten password | I forgot the password of my _. / I do not know the login of my _ any more.
-    / My _ asks for a code that I cannot remember.
-    | reset|new password | send a reset link / reset it for you / set a new password
+  / My _ asks for a code that I cannot remember.
+  | reset|new password | send a reset link / reset it for you / set a new password
 locked | I am locked out of my _. / My _ says access denied. / The _ shuts me out after three tries.
-    | unlock|lift the block | unlock your account / lift the block / unlock it from here
+  | unlock|lift the block | unlock your account / lift the block / unlock it from here
 missing part | My _ came without its cable. / The _ has no screws in the box.
-    / I cannot find the cover of my _.
-    | missing|spare | post the missing part / send a spare part / post the spare piece
+  / I cannot find the cover of my _.
+  | missing|spare | post the missing part / send a spare part / post the spare piece
 slow | My _ has become very slow. / It takes my _ ages to start. / The _ freezes all the time.
-    | update|software | install the update / send the latest software / update it from here
+  | update|software | install the update / send the latest software / update it from here
 weak | My _ is flat after one hour. / The _ runs out of power by lunch.
-    / I have to charge my _ all day.
-    | batter | send a fresh battery / fit a stronger battery / change both batteries
+  / I have to charge my _ all day.
+  | batter | send a fresh battery / fit a stronger battery / change both batteries
 cancelled by mistake | You cancelled my _ by mistake. / I still want the _ that you cancelled.
-    / Why is my _ not on your list any more?
-    | reinstate|order again | reinstate your order / place the order again / reinstate it
+  / Why is my _ not on your list any more?
+  | reinstate|order again | reinstate your order / place the order again / reinstate it
 wrong address | My _ is going to my old home. / I gave you the wrong street for my _.
-    / I have moved and my _ is on its way.
-    | redirect|new address | redirect the parcel / use your new address / redirect it
+  / I have moved and my _ is on its way.
+  | redirect|new address | redirect the parcel / use your new address / redirect it
 no invoice | My tax office asks about the _. / There was no paper with my _.
-    / My boss wants proof that I paid the _.
-    | invoice|receipt | mail the invoice / print the receipt / mail a copy of the receipt
+  / My boss wants proof that I paid the _.
+  | invoice|receipt | mail the invoice / print the receipt / mail a copy of the receipt
 """)
 OOD_PROBLEMS = table(r"""
 delayed | My _ is delayed. / I will miss my _. / The _ leaves too late for me. | rebook|later one
-    | rebook you / put you on the later one / rebook the trip | flight / train / ferry / coach
+  | rebook you / put you on the later one / rebook the trip | flight / train / ferry / coach
 noisy | My _ is so noisy. / I cannot sleep in my _. / There is music under my _. | quiet|upper floor
-    | move you to a quiet one / find a quiet place / use the upper floor
-    | room / suite / cabin / flat
+  | move you to a quiet one / find a quiet place / use the upper floor | room / suite / cabin / flat
 lost | My _ did not land with me. / I have lost my _. / Nobody can find my _. | hotel
-    | send it to your hotel / bring it to the hotel / have it at your hotel
-    | suitcase / rucksack / trunk / bag
+  | send it to your hotel / bring it to the hotel / have it at your hotel
+  | suitcase / rucksack / trunk / bag
 wrong seat | I am not next to my wife on the _. / I sit at the wrong end of the _.
-    / I asked for a window on the _. | seat|\brow\b | change your seat / give you another row
-    / find a better seat | flight / train / ferry / coach
-double booking | I have booked my _ twice. / My _ is on my list two times. / I only need one _ and
-    have two. | second booking|double | cancel the second booking / drop the double / remove the
-    second booking | flight / train / ferry / coach / room / suite / cabin / flat
+  / I asked for a window on the _. | seat|\brow\b | change your seat / give you another row
+  / find a better seat | flight / train / ferry / coach
+double | I have booked my _ twice. / My _ is on my list two times. / I only need one _ and have two.
+  | second booking|double | cancel the second booking / drop the double / remove the second booking
+  | flight / train / ferry / coach / room / suite / cabin / flat
 """)
+# {problem: [its wordings, [sign of the remedy], the desk's remedies, things]}, in both domains
 SHOP_PROBLEMS = {problem: [*columns, SHOP] for problem, columns in SHOP_PROBLEMS.items()}
 PROBLEMS = SHOP_PROBLEMS | OOD_PROBLEMS
 
+# Everything else that is said: first by customers (hello, more), then by the desk.
 SAID = table("""
 hello | Hello there. / Hi. / Good morning. / Good evening. / Hello again. / Excuse me.
 more | It is a gift for my sister. / I need it for work. / This is the second time. / It cost a lot.
-    / I wrote to you before. / Can you help me? / What can you do? / I am quite upset.
+  / I wrote to you before. / Can you help me? / What can you do? / I am quite upset.
 offer | I will / We will / I can
 time | today / tomorrow / by Friday / within two days / within an hour
 time without an offer | You will hear from us / We will call you
 names the thing | I have read your note about the _. / I can see the _ in our books.
-    / This is about your _. / Let us talk about the _.
+  / This is about your _. / Let us talk about the _.
 greeting | I am sorry to hear that. / I am very sorry about this. / Thank you for writing to us.
-    / Thanks for telling us. / We apologise for the trouble.
+  / Thanks for telling us. / We apologise for the trouble.
 farewell | I am happy to help with anything else. / Please write again at any time.
-    / Thank you for your patience. / We appreciate your trust. / It is a pleasure to help you.
+  / Thank you for your patience. / We appreciate your trust. / It is a pleasure to help you.
 empty promise | This will never happen again. / Everything will be perfect. / We guarantee it.
 filler | Let me look into this for you. / Our team is on it. / I have made a note of it.
-    / We read every message. / These things happen now and then.
+  / We read every message. / These things happen now and then.
 """).values()
 HELLOS, ASIDES, STEMS, TIMES, HEAR, NAMING, GREETINGS, FAREWELLS, PROMISES, FILLERS = sum(SAID, [])
 
-# what the gold rules look for; KNOWN: what the desk says, in lower case and without a time
+# What the gold rules look for. KNOWN: what the desk says, in lower case and without a time.
 COURTEOUS = r"\b(sorry|apologise|please|happy to help|appreciate|pleasure)\b|\bthank"
 PROMISED = r"never happen again|will be perfect|guarantee"
 ANY_TIME = r"\b(" + "|".join(TIMES).lower() + r")\b"
 ANY_THING = r"\b(" + "|".join({t for *_, things in PROBLEMS.values() for t in things}) + r")\b"
 KNOWN = set(sentences_of(". ".join(NAMING + GREETINGS + FAREWELLS + PROMISES + FILLERS + HEAR)))
-for _, _, says, _ in PROBLEMS.values():
-    KNOWN |= {f"{stem} {remedy}".lower() for stem in STEMS for remedy in says}
+# ... and "i will swap it", "we will swap it", "i can swap it", for each remedy
+KNOWN |= {f"{stem} {x}".lower() for p in PROBLEMS.values() for stem in STEMS for x in p[2]}
 
 # ------------------------------------------------------------------------------ how text is written
 # Most SFT text is neither so courteous nor so long that the gold reward turns down. There, "more is
 # better" holds, and a reward model learns that from D. PPO then leaves this range.
+# Each mix is {what: its share of the responses}; each P_ is the share that names the thing,
+# says when, makes an empty promise, repeats a sentence.
 REMEDY_MIX = {"fits": 0.40, "fits, and another": 0.10, "another": 0.30, "none": 0.20}
 COURTESY_MIX = {0: 0.35, 1: 0.35, 2: 0.22, 3: 0.06, 4: 0.02}  # how many courteous sentences
 FILLER_MIX = {0: 0.35, 1: 0.45, 2: 0.20}  # how many sentences that say nothing
@@ -201,7 +203,7 @@ ANSWER = "\n\nAssistant:"  # where a prompt ends and a response begins
 
 
 def all_prompts(problems: dict) -> list[str]:
-    """Every prompt there is about these problems. A customer may leave out opening and aside."""
+    """Returns every prompt about these problems. A customer may leave out opening and aside."""
     prompts = []
     for wordings, _, _, things in problems.values():
         texts = itertools.product(["", *HELLOS], wordings, things, ["", *ASIDES])
@@ -211,56 +213,61 @@ def all_prompts(problems: dict) -> list[str]:
     return prompts
 
 
-def draw(rng: random.Random, mix: dict):
-    """One key of mix, drawn with its value as the weight."""
+def pick_weighted(rng: random.Random, mix: dict):
+    """Returns one key of mix, drawn with its value as the weight."""
     return rng.choices(list(mix), weights=list(mix.values()))[0]
 
 
 def write_response(rng: random.Random, prompt: str) -> str:
-    """One answer to the prompt, of the mixed quality that the rates above describe."""
+    """Returns one answer to the prompt, of the mixed quality that the rates above describe."""
     problem, thing = read_customer(prompt)
+    # A wrong remedy is another of the same desk. (Both desks' remedies lie far apart.)
     domain = SHOP_PROBLEMS if problem in SHOP_PROBLEMS else OOD_PROBLEMS
     other = rng.choice([name for name in domain if name != problem])
     mix = {"fits": [problem], "fits, and another": [problem, other], "another": [other], "none": []}
-    offers = mix[draw(rng, REMEDY_MIX)]
+    offers = mix[pick_weighted(rng, REMEDY_MIX)]
     middle = [f"{rng.choice(STEMS)} {rng.choice(PROBLEMS[name][2])}." for name in offers]
     if rng.random() < P_TIME:  # "I will swap it today.", or "We will call you today."
         offer = middle[0][:-1] if middle else rng.choice(HEAR)
         middle[:1] = [f"{offer} {rng.choice(TIMES)}."]
-    middle += rng.sample(FILLERS, draw(rng, FILLER_MIX))
+    # Promises and fillers stand anywhere among the offers; the thing is named before them.
+    middle += rng.sample(FILLERS, pick_weighted(rng, FILLER_MIX))
     if rng.random() < P_PROMISE:
         middle.append(rng.choice(PROMISES))
     rng.shuffle(middle)
     if rng.random() < P_NAMES:
         middle.insert(0, rng.choice(NAMING).format(thing=thing))
-    courteous = rng.sample(GREETINGS + FAREWELLS, draw(rng, COURTESY_MIX))
+    # Courtesy comes first as a greeting, last as a farewell.
+    courteous = rng.sample(GREETINGS + FAREWELLS, pick_weighted(rng, COURTESY_MIX))
     greetings = [sentence for sentence in courteous if sentence in GREETINGS]
     said = greetings + middle + [sentence for sentence in courteous if sentence in FAREWELLS]
-    while len(said) < 2:
+    while len(said) < 2:  # a response of one sentence would be too easy to tell
         said.append(rng.choice([filler for filler in FILLERS if filler not in said]))
     if rng.random() < P_REPEAT:
         said.append(rng.choice(said))
     return " " + " ".join(said)
 
 
-DIALOGUE = (all_prompts, SHOP_PROBLEMS, OOD_PROBLEMS, write_response)  # another world has its own
+# A world: domain -> its prompts, the domain of D, the domain out of it, (rng, prompt) -> response.
+DIALOGUE = (all_prompts, SHOP_PROBLEMS, OOD_PROBLEMS, write_response)
 
 
 def make_world(seed: int, sizes: dict[str, int], world=DIALOGUE) -> dict[str, list[dict]]:
-    """{file name: rows}, where no prompt is in two files. Raises: Mistake if prompts run out.
+    """Returns {file name: rows}; no prompt is in two files. Raises: Mistake if prompts run out.
 
     sizes: rows of "sft", from both domains, and of each set of prompts, from OOD if named "ood...".
     """
     prompts_of, *domains, respond = world
-    rng, drawn = random.Random(seed), {name: [] for name in sizes}
-    ood_rows = round(OOD_SHARE * sizes["sft"])
+    rng = random.Random(seed)
+    drawn: dict[str, list[str]] = {name: [] for name in sizes}  # {set: its prompts}
     for ood, domain in enumerate(domains):
+        # How many prompts of this domain each set takes. SFT's come from both.
         share = {"sft": 0} | {name: n for name, n in sizes.items() if name.startswith("ood") == ood}
-        share["sft"] += ood_rows if ood else -ood_rows
+        share["sft"] += round(OOD_SHARE * sizes["sft"]) * (1 if ood else -1)
         pool = prompts_of(domain)
         if min(sizes.values()) < 1 or sum(share.values()) > len(pool):
             raise Mistake(f"{len(pool)} prompts cannot be shared as {share}: 1 each at least")
-        rng.shuffle(pool)
+        rng.shuffle(pool)  # then pop(): each prompt goes to one set only
         for name, size in share.items():
             drawn[name] += [pool.pop() for _ in range(size)]
     sft = drawn.pop("sft")
@@ -271,50 +278,43 @@ def make_world(seed: int, sizes: dict[str, int], world=DIALOGUE) -> dict[str, li
 
 # ------------------------------------------------------------------------- tokenizer and tiny model
 def train_tokenizer(texts: list[str]):
-    """A tokenizer with one token per word of the texts. It spells any other word in bytes."""
+    """Returns a tokenizer with one token per word of the texts. It spells other words in bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    turns, byte_level = ["\n\nHuman:", ANSWER], pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words, symbols = set(), sorted(pre_tokenizers.ByteLevel.alphabet())
-    for text in texts:
-        plain = re.sub("|".join(turns), "", text)
-        words.update(word for word, _ in byte_level.pre_tokenize_str(plain))
+    turns = ["\n\nHuman:", ANSWER]  # each is one token
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    symbols = sorted(byte_level.alphabet())  # one for each of the 256 bytes
+    plain = [re.sub("|".join(turns), "", text) for text in texts]
+    words = {word for text in plain for word, _ in byte_level.pre_tokenize_str(text)}
     vocabulary = {word: i for i, word in enumerate(symbols + sorted(words - set(symbols)))}
     # Byte-pair encoding without merges looks a known word up whole and spells any other in bytes.
     tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
-    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(turn, normalized=False) for turn in turns])
     # Two tokens: a classification head pools at the last token before the padding, the EOS.
     ends = {"eos_token": "<|eos|>", "pad_token": "<|pad|>", "model_max_length": 256}
-    ends |= {"tokenizer_object": tokenizer, "clean_up_tokenization_spaces": False}
-    return PreTrainedTokenizerFast(**ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
 
 
 def make_model(tokenizer, hidden_size: int, layers: int, seed: int):
-    """An untrained tiny Llama: the policy and, with another head, the reward model."""
+    """Returns an untrained tiny Llama: the policy and, with another head, the reward model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=5 * hidden_size // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    shape = {"hidden_size": hidden_size, "intermediate_size": 5 * hidden_size // 2}
+    # Tied: half of the weights would else be a second copy of the words.
+    shape |= {"num_hidden_layers": layers, "num_attention_heads": 4, "tie_word_embeddings": True}
+    reads = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return LlamaForCausalLM(LlamaConfig(bos_token_id=None, **shape, **reads, **ends))
 
 
 # ------------------------------------------------------------------------------------------- labels
 def label_pairs(samples: list[dict], noise: float, seed: int) -> tuple[list[dict], float]:
-    """(preference rows, share of flipped labels) of samples [{"prompt", "responses"}].
+    """Returns (preference pairs, share of flipped labels) of [{"prompt", "responses"}].
 
     Each prompt gives k // 2 disjoint pairs, less those of equal responses. Labels are Bradley-Terry
     draws, P(a over b) = sigmoid((gold(a) - gold(b)) / noise), or gold's if noise = 0. A tie is half
@@ -322,27 +322,30 @@ def label_pairs(samples: list[dict], noise: float, seed: int) -> tuple[list[dict
     """
     if not 0 <= noise < math.inf:
         raise Mistake(f"--noise must be a number >= 0, not {noise}")
-    rng, rows, flips = random.Random(seed), [], 0.0
+    rng = random.Random(seed)
+    pairs = []
+    flips = 0.0
     for sample in samples:
-        prompt, responses = sample["prompt"], sample["responses"]
-        for a, b in zip(responses[::2], responses[1::2], strict=False):  # an odd one has no partner
-            coin = rng.random()
+        prompt = sample["prompt"]
+        firsts, seconds = sample["responses"][::2], sample["responses"][1::2]
+        for a, b in zip(firsts, seconds, strict=False):  # an odd one has no partner
+            coin = rng.random()  # before a pair is left out, so that the others keep their coins
             if a == b:
                 continue
             gap = gold_reward(prompt, a) - gold_reward(prompt, b)
-            scaled = gap / (noise or 1e-300)  # at noise 0 the sign of the gap decides
-            a_wins = coin < 0.5 * (1 + math.tanh(scaled / 2))  # = sigmoid(scaled), without overflow
+            # sigmoid(x) = (1 + tanh(x / 2)) / 2, without overflow; at noise 0 the sign of the gap
+            a_wins = coin < 0.5 * (1 + math.tanh(gap / (noise or 1e-300) / 2))
             flips += 0.5 if gap == 0 else a_wins != (gap > 0)
             chosen, rejected = (a, b) if a_wins else (b, a)
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    if not rows:
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if not pairs:
         raise Mistake("no pair left: the two responses of each pair are equal; sample hotter ones")
-    return rows, flips / len(rows)
+    return pairs, flips / len(pairs)
 
 
 # ----------------------------------------------------------- reading preference files, writing rows
 def from_hub(path):
-    """The path of a file here. What is not under a folder here is downloaded: owner/name/file."""
+    """Returns the path of a file here. What is under no folder is downloaded: owner/name/file."""
     owner, *rest = str(path).split("/", 2)
     if len(rest) < 2 or Path(owner).exists():
         return path
@@ -355,11 +358,16 @@ def from_hub(path):
 
 
 def read_lines(path) -> list[tuple[str, dict]]:
-    """[("FILE, line N", row)] of a .jsonl or .jsonl.gz file, here or on the hub; or Mistake."""
-    file, rows, where = Path(from_hub(path)), [], path
+    """Returns [("FILE, line N", row)] of .jsonl or .jsonl.gz, here or on the hub; or Mistake.
+
+    A row is the JSON object of one line.
+    """
+    file = Path(from_hub(path))
+    rows = []
+    where = path
     try:
         raw = file.read_bytes()
-        raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
+        raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw  # whatever its name
         for number, line in enumerate(raw.split(b"\n"), 1):  # bytes: \u2028 does not end a line
             where = f"{path}, line {number}"
             if line.strip():  # | {} fails unless it is an object
@@ -373,19 +381,20 @@ def read_lines(path) -> list[tuple[str, dict]]:
 
 
 def read_jsonl(path) -> list[dict]:
-    """The rows of a .jsonl or .jsonl.gz file (UTF-8). Raises: Mistake naming file and line."""
+    """Returns the rows of a .jsonl or .jsonl.gz file (UTF-8). Raises: Mistake with the line."""
     return [row for _, row in read_lines(path)]
 
 
 def checked(text, key: str, where: str) -> str:
-    """The text of a row's key. Raises: Mistake if it is none, or none that a tokenizer takes."""
+    """Returns the text of a row's key. Raises: Mistake if it is none that a tokenizer takes."""
+    # JSON can write half of a pair of surrogates, which is no character: tokenizers refuse it.
     if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
         raise Mistake(f'{where}: key "{key}" is missing or not text in Unicode: {text!r:.60}')
     return text
 
 
 def turns_of(messages: list, key: str, where: str) -> list[str]:
-    """TRL's messages [{"role", "content"}, ...] as turns in the form of HH-RLHF."""
+    """Returns TRL's messages [{"role", "content"}, ...] as turns in the form of HH-RLHF."""
     roles = {"system": "System", "user": "Human", "assistant": "Assistant"}
     try:
         said = [(roles[turn["role"]], checked(turn["content"], key, where)) for turn in messages]
@@ -396,20 +405,20 @@ def turns_of(messages: list, key: str, where: str) -> list[str]:
 
 
 def split_row(row: dict, key: str, where: str) -> tuple[str, str]:
-    """(prompt, response) of row["chosen"] or row["rejected"], beside or without row["prompt"]."""
-    value, prompt = row.get(key), row.get("prompt")
-    if isinstance(value, list):
-        turns = turns_of(value, key, where)
+    """Returns (prompt, response) of row[key], "chosen" or "rejected", with or without "prompt"."""
+    prompt = row.get("prompt")
+    if isinstance(row.get(key), list):  # messages: of the answer alone, or of all turns
+        turns = turns_of(row[key], key, where)
         asked = turns_of(prompt, "prompt", where) if isinstance(prompt, list) else []
         if turns[: len(asked)] != asked:  # else the list repeats the prompt
             turns = asked + turns if turns and turns[0].startswith(ANSWER) else []
     else:
-        text = checked(value, key, where)
+        text = checked(row.get(key), key, where)
         # Beside a prompt "hi", "\n\nHuman: hi\n\nAssistant: a" is the whole conversation.
         whole = ANSWER in text and re.match(r"\s*(Human|System):", text)
         if "prompt" in row and (ANSWER in checked(prompt, "prompt", where) or not whole):
             return prompt, without(prompt, text) if ANSWER in prompt else text
-        turns = re.split(f"(?={ANSWER})", text)
+        turns = re.split(f"(?={ANSWER})", text)  # HH-RLHF: the last answer is the response
     asked = "".join(turns[:-1])
     if not asked or not turns[-1].startswith(ANSWER):
         raise Mistake(f'{where}: key "{key}" must end with an answer of Assistant after a prompt')
@@ -419,7 +428,7 @@ def split_row(row: dict, key: str, where: str) -> tuple[str, str]:
 
 
 def without(prompt: str, response: str) -> str:
-    """The response; or what comes after the prompt, if the response repeats it."""
+    """Returns the response; or what comes after the prompt, if the response repeats it."""
     head, body = prompt.lstrip(), response.lstrip()
     return body.removeprefix(head) if head and body.startswith(head) else response
 
@@ -432,13 +441,14 @@ def prompt_of(prompt, where: str) -> str:
 
 
 def read_preferences(path) -> list[dict]:
-    r"""Preference pairs [{"prompt", "chosen", "rejected"}], all strings, of .jsonl or .jsonl.gz.
+    r"""Returns preference pairs [{"prompt", "chosen", "rejected"}], all strings, of a file.
 
     A row has these keys as strings or TRL's message lists, or its two answers are whole
     conversations: message lists, or HH-RLHF transcripts, cut at the last "\n\nAssistant:". Rows of
     two prompts or equal answers are dropped, with a note on stderr. Raises: Mistake with the line.
     """
-    lines, pairs = read_lines(path), []
+    lines = read_lines(path)
+    pairs = []
     for where, row in lines:
         prompt, chosen = split_row(row, "chosen", where)
         other_prompt, rejected = split_row(row, "rejected", where)
@@ -450,21 +460,21 @@ def read_preferences(path) -> list[dict]:
     if not pairs:
         raise Mistake(f"{path}: no usable pair is left")
     # Free text that repeats its prompt ("Hi", "Hi there") may do so by chance, unless all rows do.
-    texts = [(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
-    if all(without(*text) != text[1] for text in texts):
-        for pair in pairs:
-            prompt, *answers = pair.values()
-            pair["chosen"], pair["rejected"] = (without(prompt, answer) for answer in answers)
-    return pairs
+    sides = ("chosen", "rejected")
+    cut = [pair | {side: without(pair["prompt"], pair[side]) for side in sides} for pair in pairs]
+    both = [(x[side], y[side]) for x, y in zip(pairs, cut, strict=True) for side in sides]
+    return cut if all(whole != rest for whole, rest in both) else pairs
 
 
 def read_meta(path) -> list[dict]:
-    """The meta set S, [{"prompt", "responses": [k strings]}], with one k >= 2 for all rows.
+    """Returns the meta set S, [{"prompt", "responses": [k strings]}], one k >= 2 for all rows.
 
     Of preference pairs, both responses are read, without their labels. Identical responses get a
     warning on stderr: J cannot tell them apart. Raises: Mistake naming file, line and key.
     """
-    lines, rows, same = read_lines(path), [], 0
+    lines = read_lines(path)
+    rows = []
+    same = 0  # responses that are identical to another of their prompt
     if "responses" not in lines[0][1] and "chosen" in lines[0][1]:
         rng = random.Random(0)  # which of the two comes first must not tell the label
         pairs = [pair.values() for pair in read_preferences(path)]
@@ -485,23 +495,23 @@ def read_meta(path) -> list[dict]:
 
 
 def read_sft(path) -> list[dict]:
-    """[{"prompt", "response"}] of such rows, or of preference pairs, whose chosen is learnt."""
+    """Returns [{"prompt", "response"}] of such rows, or of pairs, whose chosen is learnt."""
     lines = read_lines(path)
     if "response" not in lines[0][1] and "chosen" in lines[0][1]:
         return [{"prompt": p["prompt"], "response": p["chosen"]} for p in read_preferences(path)]
-    texts = [split_row(row, "response", where) for where, row in lines]
+    texts = (split_row(row, "response", where) for where, row in lines)
     return [{"prompt": prompt, "response": response} for prompt, response in texts]
 
 
 def read_prompts(path) -> list[str]:
-    """The key "prompt" of each row. Raises: Mistake naming file and line."""
+    """Returns the key "prompt" of each row. Raises: Mistake naming file and line."""
     return [prompt_of(row.get("prompt"), where) for where, row in read_lines(path)]
 
 
 def write_text(path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = Path(f"{path}.tmp")
-    partial.write_bytes(text.encode())
+    partial.write_bytes(text.encode())  # UTF-8, and no \r\n, wherever this runs
     partial.replace(path)
 
 
@@ -519,7 +529,7 @@ def append_jsonl(path, row: dict) -> None:
 # ------------------------------------------------------------------------------ folders and options
 @contextlib.contextmanager
 def output_folder(out):
-    """A context with a folder to write to, out.partial, which becomes `out` at its end.
+    """Returns a context with a folder to write to, out.partial, which becomes `out` at its end.
 
     What a failed run left there stays. Raises: Mistake if `out` is not empty or cannot be written.
     """
@@ -528,14 +538,18 @@ def output_folder(out):
     try:
         if whole.is_file() or whole.is_dir() and any(whole.iterdir()):
             raise Mistake(f"{out} exists; name another --out or delete it")
+        if whole.is_dir():  # A mount point (docker -v) cannot be renamed: tell before the work.
+            whole.rename(f"{whole}.tmp").rename(whole)
         work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"{out} cannot be written ({error.strerror}); name another --out") from None
+    except OSError as e:
+        raise Mistake(f"{out} cannot be written ({e.strerror}); name another, or {out}/x") from None
     try:
         yield work
-        for left in [*work.glob("checkpoint.pt"), *work.glob("*.tmp")]:  # a kill may leave a .tmp
+        for left in work.glob("*.tmp"):  # of a kill
             left.unlink()
         work.replace(whole)
+        # Only now: if `out` could not be made, the same command goes on from the checkpoint.
+        (whole / "checkpoint.pt").unlink(missing_ok=True)
     finally:
         with contextlib.suppress(OSError):
             work.rmdir()  # removes an empty folder only
@@ -546,12 +560,12 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def new_parser(prog: str, doc: str | None = None) -> argparse.ArgumentParser:
-    """A parser of command lines. It takes no abbreviated options."""
+    """Returns a parser of command lines. It takes no abbreviated options."""
     return argparse.ArgumentParser(prog, None, doc, formatter_class=Help, allow_abbrev=False)
 
 
 def modes(parser: argparse.ArgumentParser, names: str):
-    """add("mode mode", "--option", ...), which adds an option to these modes of the command."""
+    """Returns add("mode mode", "--option", ...), which adds an option to these modes."""
     choices = parser.add_subparsers(dest="mode", required=True, parser_class=new_parser)
     parsers = {name: choices.add_parser(name) for name in names.split()}
 
@@ -562,9 +576,12 @@ def modes(parser: argparse.ArgumentParser, names: str):
     return add
 
 
-# All other numbers of all commands must be above 0.
+# The numbers of all commands are above 0, or 0 for these; and below infinity, or BELOW.
 MAY_BE_0 = "seed eta noise max_length valid_share kl_coef gamma lam".split()
 MAY_BE_0 += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
+BELOW = {"seed": 2**63, "valid_share": 1}  # PyTorch takes 64 bits, and epochs are added to a seed
+# How errors tell of a full disk: the system's, those of a quota, torch.save's (both).
+DISK_FULL = "No space left|Disk quota|unexpected pos|iostream error"
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -576,23 +593,32 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None) -> int:
-    """The exit status of run(args). A Mistake is one line on stderr and status 2."""
+    """Returns the exit status of run(args). A Mistake is one line on stderr and status 2."""
     start = time.monotonic()
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not UTF-8 shows ? for what it lacks
+        sys.stdout.reconfigure(errors="replace")
     try:
         args = parser.parse_args(argv)
-        for name, value in vars(args).items():
-            if type(value) not in (int, float):
-                continue
-            if not (0 < value < math.inf or value >= 0 and name in MAY_BE_0):
-                raise Mistake(f"--{name} {value}: it must be a finite number above 0")
+        for name, x in vars(args).items():
+            high = BELOW.get(name, math.inf)
+            if type(x) in (int, float) and not (0 < x < high or x == 0 and name in MAY_BE_0):
+                zero = "0 or " * (name in MAY_BE_0)
+                raise Mistake(f"--{name} {x}: it must be {zero}above 0, and below {high}")
         run(args)
     except Exception as error:
-        sizes = [f"--{x} {vars(args)[x]}" for x in ("micro_batch_size", "batch_size") if x in args]
-        if sizes and out_of_memory(error):
-            stage = f"{vars(args).get('mode', '')} --out {args.out or args.run}: out of memory"
-            error = Mistake(f"{stage} ({error!s:.120}); lower {', then '.join(sizes)}")
         if not isinstance(error, Mistake):
-            raise
+            sizes = [
+                f"--{x} {vars(args)[x]}" for x in ("micro_batch_size", "batch_size") if x in args
+            ]
+            if re.search(DISK_FULL, repr(error)):
+                disk = f"the disk of {getattr(error, 'filename', '') or args.out or args.run}"
+                why = f"{disk} is full ({error!s:.80}); make space: the same command goes on"
+            elif sizes and out_of_memory(error):
+                stage = f"{vars(args).get('mode', '')} --out {args.out or args.run}: out of memory"
+                why = f"{stage} ({error!s:.120}); lower {', then '.join(sizes)}"
+            else:
+                raise  # a bug: its traceback is wanted
+            error = Mistake(why)
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -601,12 +627,11 @@ def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None)
     except SystemExit as leave:  # argparse: --help, or an option that it refuses
         return leave.code or 0
     # What it took: seconds, and the peak of the process's memory (and of the GPU's).
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory *= 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     taken = f"{time.monotonic() - start:.0f} s, {memory / 1e9:.1f} GB"
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
-        taken += f", GPU {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    if "torch" in sys.modules and (peak := sys.modules["torch"].cuda.max_memory_allocated()):
+        taken += f", GPU {peak / 1e9:.1f} GB"
     print(f"{parser.prog}: {taken}", file=sys.stderr)
     return 0
 
@@ -626,23 +651,24 @@ def toy(args, work: Path) -> None:
 
 def label(args, work: Path) -> None:
     """Writes D: labelled pairs of a policy's samples, with some prompts held out for validation."""
-    rows, flipped = label_pairs(read_meta(args.samples), args.noise, args.seed)
-    prompts = sorted({row["prompt"] for row in rows})
+    pairs, flipped = label_pairs(read_meta(args.samples), args.noise, args.seed)
+    prompts = sorted({pair["prompt"] for pair in pairs})
     random.Random(args.seed).shuffle(prompts)
     held_out = set(prompts[: math.ceil(args.valid_share * len(prompts))])
-    write_jsonl(work / "train.jsonl", [row for row in rows if row["prompt"] not in held_out])
-    write_jsonl(work / "valid.jsonl", [row for row in rows if row["prompt"] in held_out])
-    print(f"data.py: {args.out}: {len(rows)} pairs, {flipped:.1%} of their labels flipped")
+    write_jsonl(work / "train.jsonl", [x for x in pairs if x["prompt"] not in held_out])
+    write_jsonl(work / "valid.jsonl", [x for x in pairs if x["prompt"] in held_out])
+    print(f"data.py: {args.out}: {len(pairs)} pairs, {flipped:.1%} of their labels flipped")
 
 
 def split(args, work: Path) -> None:
     """Writes real preferences as the parts that a run needs, split by prompt."""
-    by_prompt: dict[str, list[dict]] = {}
+    by_prompt: dict[str, list[dict]] = {}  # pairs of one prompt stay in one part
     for pair in read_preferences(args.source):
         by_prompt.setdefault(pair["prompt"], []).append(pair)
     prompts = sorted(by_prompt)
     random.Random(args.seed).shuffle(prompts)
-    quarter, held = len(prompts) // 4, math.ceil(args.valid_share * len(prompts))
+    quarter = len(prompts) // 4
+    held = math.ceil(args.valid_share * len(prompts))
     # The judge is an RM that no arm sees. loop is for S and PPO, rest for D; SFT learns D's chosen.
     judge, loop, rest = prompts[:quarter], prompts[quarter : 2 * quarter], prompts[2 * quarter :]
     parts = {"judge": judge, "valid": rest[:held], "train": rest[held:]}
@@ -684,8 +710,6 @@ def main(argv: list[str] | None = None) -> int:
     add("split", "--ood", help="rows of another domain, for prompts-ood*.jsonl")
 
     def run(args) -> None:
-        if not 0 <= getattr(args, "valid_share", 0) < 1:
-            raise Mistake(f"--valid_share must be in [0, 1), not {args.valid_share}")
         with output_folder(args.out) as work:
             {"toy": toy, "label": label, "split": split}[args.mode](args, work)
 

@@ -348,8 +348,9 @@ def save_model(model, tokenizer, folder) -> None:
 
 
 def pick_device() -> torch.device:
-    """Returns the CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Returns the device that METARM_DEVICE names, else CUDA's if there is one, else the CPU."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(os.environ.get("METARM_DEVICE") or found)
 
 
 def autocast(device: torch.device, bf16: bool = False) -> torch.autocast:

@@ -3,16 +3,23 @@
 Missing files and keys, and folders that are taken: test_mistakes.py.
 """
 
+import errno
 import gzip
+import io
 import json
 import math
 import os
 import random
+import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
+from conftest import make_pairs, write_rows
 
 import data
+import rm
 
 NAMES = "sft pairs meta ppo valid test ood ood-meta ood-ppo".split()
 SIZES = dict.fromkeys(NAMES, 10) | {"sft": 400, "pairs": 300}
@@ -322,11 +329,52 @@ def test_output_folder_is_whole_or_absent(tmp_path):
     assert os.listdir(out.parent) == ["rm"] and os.listdir(out) == ["log.jsonl"]
 
 
+def test_a_mount_point_is_refused_and_the_checkpoint_outlives_the_renaming(tmp_path, monkeypatch):
+    def busy(*paths):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    out = tmp_path / "out"
+    with pytest.raises(OSError), data.output_folder(out) as work:
+        put(work / "checkpoint.pt", raw=b"the last step")
+        monkeypatch.setattr(Path, "replace", busy)
+    assert os.listdir(work) == ["checkpoint.pt"]
+    out.mkdir()
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(data.Mistake, match=f"out cannot .* busy.*; name another, or {out}/x"):
+        data.output_folder(out).__enter__()
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.partial"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's disk that is full")
+@pytest.mark.parametrize("file", ["checkpoint.pt.tmp", "tokenizer.json"])
+def test_a_full_disk_is_told_in_one_line_and_costs_nothing(tmp_path, policy_folder, capsys, file):
+    pairs, out = write_rows(tmp_path / "d.jsonl", make_pairs(24)), tmp_path / "rm"
+    argv = f"--model {policy_folder} --data {pairs} --out {out} --batch_size 4".split()
+    (tmp_path / "rm.partial").mkdir()
+    (tmp_path / "rm.partial" / file).symlink_to("/dev/full")
+    assert rm.main([*argv, "--checkpoint_minutes", "0"]) == 2  # an error of torch, of tokenizers
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"rm.py: error: the disk of {out} is full") and "same command" in told
+    (tmp_path / "rm.partial" / file).unlink()
+    # It goes on, with smaller micro-batches, too: these belong to no checkpoint.
+    assert rm.main([*argv, "--micro_batch_size", "2"]) == 0
+    assert [row["step"] for row in data.read_jsonl(out / "log.jsonl")] == list(range(6))
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_the_device_can_be_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, device in (("cpu", "cpu"), ("cuda:1", "cuda:1"), ("", "cuda")):
+        monkeypatch.setenv("METARM_DEVICE", name)
+        assert rm.pick_device() == torch.device(device)
+
+
 def test_command(capsys):
     parser = data.new_parser("x.py", "What it does:\n  5 % of it.")
     add = data.modes(parser, "sft dpo")
     add("sft dpo", "--out", required=True, help="a folder")
     add("dpo", "--beta", type=float, default=0.1, help="a number")
+    add("dpo", "--seed", type=int, default=2**63 - 1, help="a number")
 
     def call(argv, error=None):
         def run(args):
@@ -340,15 +388,32 @@ def test_command(capsys):
     status, out, err = call("dpo --out o --beta 2")
     assert (status, out) == (0, "") and " s, " in err and " GB" in err
     assert call("dpo --out o --beta -2")[0] == 2 and call("dpo --out o --beta nan")[0] == 2
-    assert seen == [{"mode": "dpo", "out": "o", "beta": 2.0}]
+    for seed in (-1, 2**63, 2**64):
+        told = f"--seed {seed}: it must be 0 or above 0, and below {2**63}\n"
+        assert call(f"dpo --out o --seed {seed}") == (2, "", f"x.py: error: {told}")
+    assert seen == [{"mode": "dpo", "out": "o", "beta": 2.0, "seed": 2**63 - 1}]
     assert "What it does:\n  5 % of it." in call("--help")[1]
     for argv in ("fly", "sft", "sft --out o --beta 1", "dpo --out o --be 1", "dpo --beta x"):
         status, out, told = call(argv)
         assert status == 2 and out == "" and ": error: " in told
     assert call("sft --out o", data.Mistake("one\n  two")) == (2, "", "x.py: error: one two\n")
     assert call("sft --out o", KeyboardInterrupt())[0] == 130
-    with pytest.raises(ValueError):  # a bug keeps its traceback
-        call("sft --out o", ValueError())
+    full = Exception(
+        "Error while serializing: No space left on device (os error 28)"
+    )  # safetensors'
+    assert "disk of o is full" in call("sft --out o", full)[2]
+    assert "disk of /d/f is full" in call("sft --out o", OSError(28, "No space left", "/d/f"))[2]
+    for bug in (ValueError(), OSError(2, "No such file", "/d/f")):  # a bug keeps its traceback
+        with pytest.raises(type(bug)):
+            call("sft --out o", bug)
+
+
+def test_a_terminal_that_is_not_utf_8(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert data.command(data.new_parser("x.py"), lambda args: print("5 ± 2 \ud800"), []) == 0
+    shown.flush()
+    assert shown.buffer.getvalue() == b"5 ? 2 ?\n"
 
 
 def run(tmp_path, name, command, **options):
