@@ -32,7 +32,7 @@ import transformers
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+from trl import RewardConfig, RewardTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -289,21 +289,9 @@ def ppo_iteration(args, box, what, model, prompts, rollouts, minibatch, steps):
         models |= {"reward_model": reader(box / "rm"), "train_dataset": Dataset.from_list(ids)}
         return PPOTrainer(PPOConfig(**common, **settings), tokenizer, **models)
 
-    def rloo_trainer():
-        updates = steps * 2 * rollouts // minibatch
-        settings = {"per_device_train_batch_size": minibatch, "max_steps": updates}
-        settings |= {"steps_per_generation": rollouts // minibatch, "num_iterations": 2}
-        settings |= {"num_generations": 4, "max_completion_length": 48, "beta": 0.05}
-        config = RLOOConfig(**common, **settings)
-        tools = {"processing_class": tokenizer, "reward_processing_classes": tokenizer}
-        tools |= {"train_dataset": Dataset.from_list([{"prompt": x} for x in prompts[aside:]])}
-        return RLOOTrainer(str(model), reader(box / "rm"), config, **tools)
-
-    sides = {"ppo": lambda: their_loop(ppo_trainer), "rloo": lambda: their_loop(rloo_trainer)}
-    found = in_turn(args.turns, ours=ours, **sides)
+    found = in_turn(args.turns, ours=ours, ppo=lambda: their_loop(ppo_trainer))
     measured = (rollouts * steps, "samples", found, "ours")
-    ppo_row = speed(f"PPO, {what}", *measured, "ppo", "TRL PPOTrainer", "≥ 2")
-    return [ppo_row, speed("– RLOO has no critic", *measured, "rloo", "TRL RLOOTrainer")], found
+    return [speed(f"PPO, {what}", *measured, "ppo", "TRL PPOTrainer", "≥ 2")], found
 
 
 PARTS = {"rm": rm_training, "scoring": scoring, "meta": meta_step, "memory": memory}

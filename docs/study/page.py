@@ -11,7 +11,6 @@ earlier study with long climbs, are in the picture of doses alone.
 """
 
 import csv
-import functools
 import json
 import math
 from pathlib import Path
@@ -111,22 +110,7 @@ class Table:
             if t == task:
                 self.found.setdefault((arm, metric), {})[seed, head] = value
         self.policies = [arm for arm in POLICIES if (arm, "gold.1") in self.found]
-        self.add_best_round()
         self.add_mean_gold()
-
-    def add_best_round(self) -> None:
-        """Each policy metric X.best: X of the round with the most gold on validation prompts."""
-        for arm in self.policies:
-            metrics = [what for a, what in self.found if a == arm]
-            last = 1 if arm == "dpo" else ROUNDS  # DPO has no rounds
-            rounds = [self.get(arm, f"valid.{r}") for r in range(1, last + 1)]
-            for seed in set.intersection(*map(set, rounds)):
-                best = 1 + int(np.argmax([gold[seed] for gold in rounds]))
-                for what in metrics:
-                    worlds = self.get(arm, what)
-                    if what.endswith(f".{best}") and seed in worlds:
-                        name = arm, f"{what[:-2]}.best"
-                        self.found.setdefault(name, {})[seed, 0] = worlds[seed]
 
     def path(self, arm: str) -> dict[int, tuple]:
         """{seed: (KL, gold) along an arm's way from SFT}; KL never falls."""
@@ -230,14 +214,7 @@ reward by its own RM, SD: reward.3 / 2
 that RM right on its samples, %: matched.3 / 1
 Self-BLEU: bleu.3 / 3
 """)
-# heading: the rival, and the round of ours that meets it. "best": the one with the most gold on
-# validation prompts. "PPO" is vanilla PPO after as many rounds, "PPO's best" after its best one.
-RIVALS = {
-    "SFT, best round": ("SFT", "best"),
-    "PPO on RM₀, round 3": ("PPO", "3"),
-    "best round against its best": ("PPO's best", "best"),
-    "DPO, best round": ("DPO", "best"),
-}
+RIVALS = ("SFT", "DPO", "PPO")  # PPO: vanilla, after as many rounds
 
 
 def kind(arm: str) -> str:
@@ -295,22 +272,16 @@ def grid(first: str, columns: dict[str, list[str]], rows: dict[str, tuple], figu
     return markdown(first, shown, list(columns))
 
 
-def won_minus_lost(table: Table, arm: str, rival: str, r: str) -> tuple[Worlds, ...]:
-    """(% of answers won, lost, won - lost) by an arm after round r against a rival."""
-    won, lost = (table.get(arm, f"{side}.{rival}.{r}") for side in ("win", "lose"))
-    return won, lost, {seed: won[seed] - lost[seed] for seed in won}
-
-
-def games(table: Table) -> str:
-    """% won, tied and lost against each rival, as the paper has them."""
+def games(table: Table, r: int = ROUNDS) -> str:
+    """% won, tied and lost after round r against each rival, as the paper has them."""
     rows = {}
     for arm in table.policies:
         row = []
-        for rival, r in RIVALS.values():
-            *sides, margin = won_minus_lost(table, arm, rival, r)
-            win, lose = (t_test(side.values())[0] for side in sides)
-            row.append(f"{win:.0f}/{100 - win - lose:.0f}/{lose:.0f}; {show(margin, 0)}")
-        row = ["–" if "nan" in cell else cell for cell in row]
+        for rival in RIVALS:
+            won, lost = (table.get(arm, f"{side}.{rival}.{r}") for side in ("win", "lose"))
+            win, lose = t_test(won.values())[0], t_test(lost.values())[0]
+            margin = show({seed: won[seed] - lost[seed] for seed in won}, 0)
+            row.append(f"{win:.0f}/{100 - win - lose:.0f}/{lose:.0f}; {margin}" if won else "–")
         rows |= {title(arm): row} if set(row) != {"–"} else {}
     return markdown("win/tie/lose, %; win − lose [95 %]", rows, list(RIVALS))
 
@@ -345,16 +316,12 @@ def tables(folder: Path) -> str:
             parts.append(verdicts(table, OF_POLICIES, "gold.path", GOLD_MARGIN))
             arms = {title(arm): (arm,) for arm in table.policies}
             parts.append(grid("PPO on", WORTH, arms, table.get))
-            for rival in ("ppo:rm0", "ppo:plain"):
-                gains = functools.partial(table.gain, rival=rival)
-                others = {name: key for name, key in arms.items() if key != (rival,)}
-                parts.append(grid(f"minus PPO on {title(rival)}", WORTH, others, gains))
             parts.append(games(table))
     return "\n".join(parts)
 
 
 def pictures(folder: Path, out: Path) -> None:
-    """Draws, per task, a forest plot of differences to the plain RM, and dose and response."""
+    """Draws, per task, dose and response, and gold over KL of the policies."""
     from matplotlib import figure, rcParams
 
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
@@ -362,26 +329,10 @@ def pictures(folder: Path, out: Path) -> None:
     for task in sorted({row[0] for row in rows}):
         every = Table(rows, task)
         fresh = Table([row for row in rows if row[1] not in OLD], task)
-        for draw in (forest, doses, *([paths] if fresh.policies else [])):
+        for draw in (doses, *([paths] if fresh.policies else [])):
             page = figure.Figure(layout="constrained")
             draw(page, every if draw is doses else fresh)
             page.savefig(out / f"{task}-{draw.__name__}.png", dpi=110)
-
-
-def forest(page, table: Table) -> None:
-    """Each arm minus the plain RM, in three measures."""
-    arms, columns = table.arms()[::-1], list(EFFECTS.items())
-    page.set_size_inches(12, 1.5 + 0.3 * len(arms))
-    three = zip(page.subplots(1, 3, sharey=True), (*columns[:2], columns[-1]), strict=True)
-    for axes, (heading, (metric, _)) in three:
-        for y, arm in enumerate(arms):
-            x, low, high, _ = t_test(table.gain(arm, metric).values())
-            axes.plot([low, high], [y, y], color=colour(arm), lw=2.5)
-            axes.plot(x, y, "o", color=colour(arm))
-        axes.set_yticks(range(len(arms)), [title(arm) for arm in arms])
-        axes.axvline(0, color="#BBBBBB", lw=1)
-        axes.set_xlabel(heading)
-    page.suptitle("Minus the plain RM of the same head (95 % over worlds)", x=0.01, ha="left")
 
 
 def doses(page, table: Table) -> None:

@@ -41,18 +41,14 @@ def reward_model(world, arm: str, r: int) -> Path:
 def figures(world, arm: str, r: int) -> dict[str, float]:
     """All figures of an arm's round r."""
 
-    def answers(policy, prompts="test"):
-        return measure.answers(policy, world.prompts(prompts), world.seed + 1)
+    def answers(policy):
+        return measure.answers(policy, world.prompts("test"), world.seed + 1)
 
-    def valid(policy):
-        return measure.in_sd(answers(policy, "valid")[2], answers(world.sft, "valid")[2]).mean()
-
-    made, vanilla = policy(world, arm, r), [policy(world, "ppo:rm0", i + 1) for i in range(ROUNDS)]
-    rivals = {"SFT": world.sft, "DPO": policy(world, "dpo", 1), "PPO": vanilla[r - 1]}
-    rivals |= {"PPO's best": max(vanilla, key=valid)}
+    made = policy(world, arm, r)
+    rivals = {"SFT": world.sft, "DPO": policy(world, "dpo", 1), "PPO": policy(world, "ppo:rm0", r)}
     theirs = {name: answers(path) for name, path in rivals.items() if path != made}
     own, sft = answers(made), answers(world.sft)
-    row = measure.of_policy(made, world.sft, own, sft, theirs) | {"valid": valid(made)}
+    row = measure.of_policy(made, world.sft, own, sft, theirs)
     if arm != "dpo":
         row |= measure.of_rollouts(made, sft[2], PARTS)
         model = rm.load_reward_model(str(reward_model(world, arm, r)))
