@@ -85,7 +85,7 @@ case $preset in
     pairs=$run/pairs rounds=3 k=5 world=(--seed "$seed") eval_flags=(--temperature 1.0)
     sft_flags=(--lr 5e-3 --batch_size 32 --epochs 4)
     rm_flags=(--lr 1e-3 --batch_size 64 --micro_batch_size 64 --epochs 2 --log_every 42) # 1, as for 7B, is too few here
-    meta_flags=(--normalize) dpo_flags=(--lr 1e-4 --batch_size 16) # eta: the default, lr * sqrt(weights)
+    meta_flags=(--normalize) dpo_flags=(--lr 1e-4 --batch_size 16) # eta: the default, a climb of that length
     sample_flags=(--max_new_tokens 48 --batch_size 512) meta_sample_flags=(--temperature 1.1)
     ppo_flags=(--steps 15 --batch_size 96 --minibatch_size 48 --micro_batch_size 48 --max_new_tokens 48
                --lr 2e-4 --critic_lr 1e-3 --kl_coef 0.003)
@@ -94,17 +94,18 @@ case $preset in
       world+=(--sft 320 --pairs 160 --meta 32 --ppo 96 --valid 16 --test 16 --ood_ppo 16)
       sft_flags+=(--epochs 1) ppo_flags+=(--steps 2 --batch_size 16 --minibatch_size 8 --scale_prompts 16)
     fi ;;
-  hh | hh-smoke) # the paper's settings, except: a small model, --max_length 512, smaller PPO batches, eta (README)
-    pairs=$run/data rounds=3 k=5 held_out=0.02
-    sft_flags=(--lr 2e-5 --batch_size 32 --micro_batch_size 8 --epochs 2 --max_length 512)
-    rm_flags=(--lr 5e-6 --batch_size 16 --micro_batch_size 8 --max_length 512)
-    meta_flags=(--meta_batch_size 16 --micro_batch_size 4)
-    dpo_flags=(--lr 5e-7 --batch_size 32 --micro_batch_size 8 --max_length 512)
-    sample_flags=(--max_length 512 --max_new_tokens 128 --batch_size 128 --top_p 0.9 --repetition_penalty 1.1)
+  hh | hh-smoke) # the paper's settings, or why not: docs/hh. Micro-batches: 20 GB for SmolLM2-135M, if no row is longer
+    pairs=$run/data rounds=3 k=5 held_out=0.02 longest=(--max_length 320)
+    sft_flags=(--lr 2e-5 --batch_size 32 --micro_batch_size 16 --epochs 2 "${longest[@]}")
+    rm_flags=(--lr 5e-6 --batch_size 16 --micro_batch_size 16 --log_every 100 "${longest[@]}")
+    meta_flags=(--meta_batch_size 16 --micro_batch_size 8)
+    dpo_flags=(--lr 5e-7 --batch_size 32 --micro_batch_size 8 "${longest[@]}")
+    sample_flags=(--max_new_tokens 128 --batch_size 512 --top_p 0.9 --repetition_penalty 1.1 "${longest[@]}")
     meta_sample_flags=(--temperature 0.9) # the paper's 0.8, a little raised, so that the k responses differ
-    ppo_flags=(--steps 200 --batch_size 128 --rollouts_per_prompt 16 --minibatch_size 32 --micro_batch_size 8
-               --max_length 512 --max_new_tokens 128 --temperature 0.8 --lr 5e-7 --critic_lr 1.5e-6 --kl_coef 0.05)
-    eval_flags=(--judge "$run/judge/rm" --temperature 0.8 --max_new_tokens 128 --batch_size 128) # PPO's temperature
+    ppo_flags=(--steps 50 --batch_size 512 --rollouts_per_prompt 16 --minibatch_size 32 --micro_batch_size 32
+               --ppo_epochs 1 --max_new_tokens 128 --temperature 0.8 --lr 5e-7 --critic_lr 1.5e-6 --kl_coef 0.05
+               "${longest[@]}")
+    eval_flags=(--judge "$run/judge/rm" --temperature 0.8 --max_new_tokens 128 --batch_size 256) # PPO's temperature
     if [ "$preset" = hh-smoke ]; then # for a small --data: lengths and micro-batches are hh's, and so is the memory
       rounds=1 held_out=0.1
       sft_flags+=(--epochs 1) meta_flags+=(--meta_batch_size 8)

@@ -1,9 +1,8 @@
 """Prints the preference pairs of at most so many tokens, in their order: prompt, chosen, rejected.
 
     python docs/hh/short.py models/smollm2 pairs.jsonl.gz 128 > short.jsonl
-    python docs/hh/short.py models/smollm2 pairs.jsonl.gz 128 sort > by-length.jsonl
 
-With `sort`, the shortest pair comes first. The time of a run grows with its tokens.
+The time of a run grows with its tokens.
 """
 
 import json
@@ -17,15 +16,13 @@ import data
 import rm
 
 
-def main(model: str, source: str, limit: str, sort: str = "") -> None:
-    tokenizer, kept = AutoTokenizer.from_pretrained(model), []
+def main(model: str, source: str, limit: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
     for pair in data.read_preferences(source):
         rows = [rm.encode(tokenizer, pair["prompt"], pair[key]) for key in ("chosen", "rejected")]
         [length] = rm.row_lengths([rows])
         if length <= int(limit):
-            kept.append((length, pair))
-    for _, pair in sorted(kept, key=lambda row: row[0]) if sort else kept:
-        print(json.dumps(pair, ensure_ascii=False))
+            print(json.dumps(pair, ensure_ascii=False))
 
 
 if __name__ == "__main__":
