@@ -195,13 +195,13 @@ def states_of(model, batch: dict, name: str) -> Tensor:
     t = batch["mask"].shape[1]
     p = batch["input_ids"].shape[1] - t
     takes = inspect.signature(model.forward).parameters
-    # Rows with one prompt (rollouts of one prompt, pairs of DPO) read it once, if the model can:
-    # asked first, since `unique` waits for the GPU. Prompts are one if ids and padding are.
-    if p > 1 and rm.shares_prompts(model, len(batch["mask"]) * p):
+    # Rows with one prompt (rollouts of one prompt, pairs of DPO) read it once, if the model can.
+    # Not on a GPU: the launches of a second pass take longer there than some 20,000 tokens in bf16.
+    if p > 1 and model.device.type == "cpu" and rm.shares_prompts(model):
+        # Prompts are the same if their ids and their padding are.
         both = torch.cat([batch["input_ids"][:, :p], batch["attention_mask"][:, :p]], dim=1)
         prompts, owner = both.unique(dim=0, return_inverse=True)  # (m, 2p), (b,)
-        saved = (len(both) - len(prompts)) * p  # tokens
-        if saved and rm.shares_prompts(model, saved):
+        if len(prompts) < len(both):
             # The prompt's last token is read with the response, whose first token it predicts.
             prompts = {"input_ids": prompts[:, : p - 1], "attention_mask": prompts[:, p:-1]}
             responses = {key: batch[key][:, p - 1 : -1] for key in prompts}  # (b, t)
