@@ -113,7 +113,7 @@ case $preset in
     fi ;;
 esac
 export OMP_NUM_THREADS=2 # a fixed number: another one may add up in another order, and so change the last digits
-no_cuda() { "$PYTHON" -c 'import torch; torch.ones(1, device="cuda").item()' 2>&1 | grep -m 1 "^[A-Za-z.]*Error"; }
+no_cuda() { "$PYTHON" - <<< 'import torch; torch.ones(1, device="cuda")' 2>&1 | grep -m 1 "^[A-Za-z.]*Error"; }
 if [ -n "$real" ]; then # preferences, split: D and SFT, prompts for S and PPO, held-out pairs, the judge's own pairs
   why=$([ -n "${METARM_DEVICE:-}" ] || no_cuda || true) # in PyTorch's words
   [ -z "$why" ] || echo "run.sh: no CUDA device: $why; METARM_DEVICE=cpu bash run.sh hh goes on, for weeks" >&2

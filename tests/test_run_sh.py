@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = f"""#!/usr/bin/env bash
 case $*: in
-  *"import torch"*) [ "$GPU" = 1 ] || echo "RuntimeError: Found no NVIDIA driver"; exit ;;
+  -:) [ "$GPU" = 1 ] || echo "RuntimeError: Found no NVIDIA driver"; exit ;;
   "-c "*) exec "{sys.executable}" "$@" ;;
 esac
 echo "${{METARM_DEVICE:-}} $PWD $*" >> "$LOG"
