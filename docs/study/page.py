@@ -105,7 +105,7 @@ class Table:
     """study.csv of a task, by (arm, metric): {(seed, head): value}."""
 
     def __init__(self, rows: list[tuple], task: str):
-        self.found: dict[tuple, dict] = {}
+        self.task, self.found = task, {}
         for t, seed, arm, head, metric, value in rows:
             if t == task:
                 self.found.setdefault((arm, metric), {})[seed, head] = value
@@ -258,9 +258,9 @@ def verdicts(table: Table, contrasts: dict, metric: str, margin: float) -> str:
         x = list(found[claim].values())
         sd = float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
         row = [f"**{better(mean, high, p, margin)}**", show(found[claim]), f"{p:.3f}", f"{len(x)}"]
-        rows[claim] = [*row, f"{sd:.2g}", f"{smallest_effect(sd, max(2, len(x))):.2g}"]
-    headings = "verdict, difference [95 %], p (Holm), worlds, SD over worlds, smallest effect seen"
-    return markdown("claim", rows, headings.split(", "))
+        rows[claim] = [*row, f"{smallest_effect(sd, max(2, len(x))):.2g}"]
+    headings = "verdict, difference [95 %], p (Holm), worlds, smallest effect seen"
+    return markdown(f"claim ({table.task})", rows, headings.split(", "))
 
 
 def grid(first: str, columns: dict[str, list[str]], rows: dict[str, tuple], figure) -> str:
@@ -295,7 +295,7 @@ def headline(table: Table) -> str:
         gain = table.gain(arm, metric, rival)
         if gain:
             said.append(f"{title(rival)} {show(gain, digits)} {unit} in {len(gain)} worlds")
-    return f"MetaRM at its best climb, minus {'; minus '.join(said)}.\n"
+    return f"On {table.task}, MetaRM (η = {CLIMB}) minus {'; minus '.join(said)}.\n"
 
 
 def tables(folder: Path) -> str:
