@@ -8,7 +8,7 @@ and saving count on neither side.
 
     bash run.sh bench                  makes .venv-bench for the peers, then runs this file
     bash run.sh bench --data FILE      with preference rows of HH-RLHF that are here already
-    bash run.sh bench --only scoring   measures one part anew
+    bash run.sh bench --only meta      measures one part anew
 
 writes the table of README.md and, with the times of every turn, results.json. About ten minutes.
 """
@@ -27,11 +27,9 @@ from statistics import median
 from unittest import mock
 
 import torch
-import torchopt
 import transformers
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from trl import RewardConfig, RewardTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -125,19 +123,6 @@ def quiet():
         yield heard
 
 
-def peak_bytes(step) -> int:
-    """Returns the most tensor memory that `step` holds beyond what was there, as torch reports."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def row(what, ours: str, other: str, above: list, below: list, arithmetic=None, goal="") -> dict:
     """Returns a row of the table. Its ratios are above / below; arithmetic: what it alone gives."""
     ratio = [a / b for a, b in zip(above, below, strict=True)]
@@ -180,31 +165,14 @@ def rm_training(args, box):
     return [speed(what, *measured, "ours", "trl", "TRL RewardTrainer", "≥ 2")], found
 
 
-def scoring(args, box):
-    """k = 5 responses to each prompt: `rm.score` as it is, and with every row read in full."""
-    model, tokenizer, pairs = real(args.data, box)
-    _, _, texts = batch_of(tokenizer, pairs, 8, prompt=(130, 300))
-    calls = [([item["prompt"]] * 5, item["responses"]) for item in texts]
-
-    def score(share):
-        with mock.patch.object(model, "shares_prompts", share):
-            return torch.cat([rm.score(model, tokenizer, *call) for call in calls])
-
-    assert torch.allclose(score(True), score(False), atol=1e-5)
-    found = in_turn(args.turns, ours=lambda: score(True), full=lambda: score(False))
-    what = "Scoring 5 responses of 40 tokens to one prompt of 190"
-    return [speed(what, 40, "rows", found, "ours", "full", "rows in full", "≥ 2")], found
-
-
 def meta_step(args, box):
-    """A plain step on D, MetaRM's step of either order on D and S, and torchopt's exact one."""
+    """A plain step on D, and MetaRM's step of either order on D and S."""
     model, tokenizer, pairs = real(args.data, box)
-    D, S, _ = batch_of(tokenizer, pairs, 16)
+    D, S = batch_of(tokenizer, pairs, 16)
     rows, all_found = [], {}
     for case, X_t, X_s in (("D, S of equal tokens", D[:8], D[:8]), ("16 pairs + 16 × 5", D, S)):
-        sides, L, J = steps(model, tokenizer, X_t, X_s, len(X_s))
-        all_found[case] = found = in_turn(args.turns, **sides)
-        plain, first, exact, torchopt = found["seconds"].values()
+        all_found[case] = found = in_turn(args.turns, **steps(model, tokenizer, X_t, X_s))
+        plain, first, exact = found["seconds"].values()
         at = {name: f"{median(seconds):.2f} s" for name, seconds in found["seconds"].items()}
         tokens_of_D, tokens = (found["passes"][name] // 3 for name in ("plain", "first"))
         cost = [seconds * tokens / tokens_of_D for seconds in plain]
@@ -215,30 +183,7 @@ def meta_step(args, box):
         rows.append(row(what, at["first"], other, first, cost, 1.0, "≤ 1.15"))
         what, other = f"Exact ÷ first order, {case}", f"first order: {at['first']}"
         rows.append(row(what, at["exact"], other, exact, first, least, goal))
-        what, other = "– torchopt ÷ our exact step", f"torchopt MetaSGD: {at['torchopt']}"
-        rows.append(row(what, at["exact"], other, torchopt, exact, 1.0, "≥ 1"))
-    ours, _ = metarm.meta_gradient(model, L, J, ETA, "exact")
-    torchopt_backward(model, L, J)
-    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert torch.allclose(torch.cat([g.flatten() for g in ours.values()]), theirs, atol=1e-5)
     return rows, all_found
-
-
-def memory(args, box):
-    """Peak of a step. The model and AdamW's two moments, there before and after, are counted."""
-    model, tokenizer, pairs = real(args.data, box)
-    D, S, _ = batch_of(tokenizer, pairs, 16)
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    sides, _, _ = steps(model, tokenizer, D, S, 8)  # 8 prompts have no more tokens than D
-    sides["plain"]()  # AdamW makes its moments in its first step
-    peak = {x: 3 * parameters + peak_bytes(step) / 2**20 for x, step in sides.items()}
-    budget = peak["plain"] + 2 * parameters
-    other = f"plain step + copy + gradient: {budget:.0f} MiB"
-    texts = {"first": "Peak memory of a first-order step", "exact": "– of an exact step"}
-    texts |= {"torchopt": "– of torchopt's"}
-    rows = [row(texts[x], f"{peak[x]:.0f} MiB", "the same", [peak[x]], [budget]) for x in texts]
-    rows[0] |= {"other": other, "goal": "≤ 1.10"}
-    return rows, peak
 
 
 def ppo_toy(args, box):
@@ -294,14 +239,14 @@ def ppo_iteration(args, box, what, model, prompts, rollouts, minibatch, steps):
     return [speed(f"PPO, {what}", *measured, "ppo", "TRL PPOTrainer", "≥ 2")], found
 
 
-PARTS = {"rm": rm_training, "scoring": scoring, "meta": meta_step, "memory": memory}
+PARTS = {"rm": rm_training, "meta": meta_step}
 PARTS |= {"ppo_toy": ppo_toy, "ppo_six_layers": ppo_six_layers}
 
 # ---------------------------------------------------------------------- steps, models and batches
 
 
-def steps(model, tokenizer, D, S, prompts_per_micro_batch: int):
-    """Returns ({name: function of one whole step}, L, J), the losses as metarm.py has them."""
+def steps(model, tokenizer, D, S) -> dict:
+    """Returns {name: function of one whole step}, with the losses as metarm.py has them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, weight_decay=0.0)
 
     def loss_J(forward, part):
@@ -311,7 +256,7 @@ def steps(model, tokenizer, D, S, prompts_per_micro_batch: int):
     def L(forward):
         return rm.pair_loss(forward, model, tokenizer, D)
 
-    J = metarm.micro_batches(loss_J, S, prompts_per_micro_batch)
+    J = metarm.micro_batches(loss_J, S, len(S))
 
     def step(backward):  # as in rm.py
         backward()
@@ -323,20 +268,7 @@ def steps(model, tokenizer, D, S, prompts_per_micro_batch: int):
         metarm.metarm_step(model, optimizer, L, J, ETA, order, max_grad_norm=1.0)
 
     sides = {"plain": lambda: step(lambda: L(model).backward()), "first": lambda: meta("first")}
-    sides["exact"] = lambda: meta("exact")
-    sides["torchopt"] = lambda: step(lambda: torchopt_backward(model, L, J))
-    return sides, L, J
-
-
-def torchopt_backward(model, L, J) -> None:
-    """Leaves the exact gradient in .grad, as torchopt documents it, through a step of SGD."""
-    theta = torchopt.extract_state_dict(model, by="reference")
-    climb = torchopt.MetaSGD(model, lr=ETA, maximize=True)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        climb.step(sum(loss(model) for loss in J) / len(J))
-    loss = L(model)
-    torchopt.recover_state_dict(model, theta)
-    loss.backward()
+    return sides | {"exact": lambda: meta("exact")}
 
 
 def real(path: str, box: Path):
@@ -356,21 +288,21 @@ def real(path: str, box: Path):
     return model, tokenizer, pairs
 
 
-def batch_of(tokenizer, pairs: list[dict], n: int, prompt=(80, 140)):
-    """Returns (D, S, S as texts): n encoded pairs, and their n prompts with k = 5 responses each.
+def batch_of(tokenizer, pairs: list[dict], n: int):
+    """Returns (D, S): n encoded pairs, and their n prompts with k = 5 responses each.
 
     These are the pair's own, and the words of the chosen one in three other orders. Responses have
-    20 to 60 tokens; the lengths of prompts lie within `prompt`.
+    20 to 60 tokens, prompts 80 to 140.
     """
     found, rng = [], random.Random(0)
     for pair in pairs:
         words = pair["chosen"].split()
         others = [" " + " ".join(rng.sample(words, len(words))) for _ in range(3)]
-        item = {"prompt": pair["prompt"], "responses": [pair[side] for side in SIDES] + others}
-        group = [rm.encode(tokenizer, item["prompt"], text) for text in item["responses"]]
+        texts = [pair[side] for side in SIDES] + others
+        group = [rm.encode(tokenizer, pair["prompt"], text) for text in texts]
         P, T = len(group[0][0]), [len(response_ids) for _, response_ids in group]
-        if prompt[0] <= P <= prompt[1] and 20 <= min(T) <= max(T) <= 60:
-            found.append((group[:2], group, item))
+        if 80 <= P <= 140 and 20 <= min(T) <= max(T) <= 60:
+            found.append((group[:2], group))
     if len(found) < n:
         raise data.Mistake(f"--data: {len(found)} rows of a usual length are too few; give more")
     return [list(column) for column in zip(*found[:n], strict=True)]
@@ -407,7 +339,7 @@ def run(args) -> None:
         print(f"{name}:", *map(line, rows), sep="\n", flush=True)
     rows = [item for name in PARTS if name in parts for item in parts[name]["rows"]]
     head = "| what | ours | the other | ratio | arithmetic alone | goal |  |\n" + "|---" * 7 + "|\n"
-    packages = ("torch", "transformers", "trl", "torchopt")
+    packages = ("torch", "transformers", "trl")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     table = head + "\n".join(map(line, rows)) + f"\n\n{versions}\n"
     before, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")

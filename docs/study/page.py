@@ -362,22 +362,14 @@ def doses(page, table: Table) -> None:
 
 
 def paths(page, table: Table) -> None:
-    """Gold over KL along each arm's way from SFT, and minus that of vanilla PPO."""
-    page.set_size_inches(11, 4)
-    mean, minus = page.subplots(1, 2)
+    """Gold over KL along each arm's way from SFT; mean over the worlds that all arms have."""
+    page.set_size_inches(8, 4)
+    axes = page.subplots()
     ways = {arm: table.path(arm) for arm in table.policies if arm != "dpo"}
     worlds = sorted(set.intersection(*map(set, ways.values())))
     x = np.linspace(0, min((ways[a][s][0][-1] for a in ways for s in worlds), default=0), 60)
-    gold = {arm: [np.interp(x, *ways[arm][seed]) for seed in worlds] for arm in ways}
-    for number, (arm, some) in enumerate(gold.items() if worlds else ()):
-        line = dict(color=f"C{number}", label=title(arm))
-        mean.plot(x, np.mean(some, axis=0), **line)
-        if arm != "ppo:rm0" and "ppo:rm0" in gold:
-            gains = np.array(some) - gold["ppo:rm0"]
-            y, low, high, _ = np.array([t_test(column) for column in gains.T]).T
-            minus.plot(x, y, **line)
-            minus.fill_between(x, low, high, color=line["color"], alpha=0.12, lw=0)
-    minus.axhline(0, color="#BBBBBB", lw=1)
-    mean.set(xlabel="KL to SFT, nats", ylabel="gold, SD above SFT")
-    minus.set(xlabel="KL to SFT, nats", ylabel="minus PPO on RM₀ (95 %)")
-    mean.legend()
+    for arm, way in ways.items():
+        gold = [np.interp(x, *way[seed]) for seed in worlds]
+        axes.plot(x, np.mean(gold, axis=0) if worlds else x, label=title(arm))
+    axes.set(xlabel="KL to SFT, nats", ylabel="gold, SD above SFT")
+    axes.legend()
