@@ -1,7 +1,4 @@
-"""data.py: the gold rules, the world, the labels, files in many forms, folders, commands.
-
-Missing files and keys, and folders that are taken: test_mistakes.py.
-"""
+"""data.py: the gold rules, the world, the labels, files in many forms, folders, commands."""
 
 import errno
 import gzip
@@ -239,20 +236,16 @@ def test_meta_and_prompts(tmp_path, capsys):
 
 
 def test_message_lists_are_read_alike(tmp_path):
-    """Prompts and S, as those of a pair of D: system and all turns, and what is to be said next."""
-    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    said = [[{"role": "assistant", "content": text}] for text in ("So.", "")]
+    prompt, said = [SYSTEM, WHY], [[SO], [SO | {"content": ""}]]
     pairs = put(tmp_path / "d.jsonl", {"prompt": prompt, "chosen": said[0], "rejected": said[1]})
     [pair] = data.read_preferences(pairs)
-    assert pair["prompt"] == "\n\nSystem: Be brief.\n\nHuman: Why?\n\nAssistant:"
+    assert pair["prompt"] == "\n\nSystem: Be kind.\n\nHuman: Why\n\nAssistant:"
     assert data.read_prompts(pairs) == [pair["prompt"]]
     file = put(tmp_path / "s.jsonl", {"prompt": prompt, "responses": said})
     assert data.read_meta(file) == [{"prompt": pair["prompt"], "responses": [" So.", ""]}]
     whole = [[*prompt, *turns] for turns in said]  # the conversation beside its prompt
-    assert (
-        data.read_meta(put(file, {"prompt": prompt, "responses": whole}))[0]["responses"][0]
-        == " So."
-    )
+    [read] = data.read_meta(put(file, {"prompt": prompt, "responses": whole}))
+    assert read["responses"][0] == " So."
     texts = put(file, {"prompt": prompt, "responses": [" a", " b"]})
     assert data.read_meta(texts) == [{"prompt": pair["prompt"], "responses": [" a", " b"]}]
     for bad in ([], [{"role": "tool", "content": "x"}], [3]):
@@ -398,9 +391,7 @@ def test_command(capsys):
         assert status == 2 and out == "" and ": error: " in told
     assert call("sft --out o", data.Mistake("one\n  two")) == (2, "", "x.py: error: one two\n")
     assert call("sft --out o", KeyboardInterrupt())[0] == 130
-    full = Exception(
-        "Error while serializing: No space left on device (os error 28)"
-    )  # safetensors'
+    full = Exception("... serializing: No space left on device (os error 28)")  # safetensors'
     assert "disk of o is full" in call("sft --out o", full)[2]
     assert "disk of /d/f is full" in call("sft --out o", OSError(28, "No space left", "/d/f"))[2]
     for bug in (ValueError(), OSError(2, "No such file", "/d/f")):  # a bug keeps its traceback
@@ -417,7 +408,6 @@ def test_a_terminal_that_is_not_utf_8(monkeypatch):
 
 
 def run(tmp_path, name, command, **options):
-    """The exit status of data.py with --out tmp_path/name and these options."""
     options = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
     return data.main([command, "--out", str(tmp_path / name), *options])
 

@@ -25,7 +25,6 @@ def random_set(seed=0, m=40, k=5, noise=1.0):
 
 
 def pairs_of(rewards, gold):
-    """(reward gap, gold gap) of all pairs of responses to one prompt."""
     for r, g in zip(rewards, gold, strict=True):
         for i, j in itertools.combinations(range(len(r)), 2):
             yield r[i] - r[j], g[i] - g[j]
@@ -116,9 +115,6 @@ def test_bleu_is_the_plain_loop_and_diversity():
     assert report.self_bleu(groups) == pytest.approx(np.mean(each))
 
 
-# ------------------------------------------------------------------------ figures of made-up runs
-
-
 def made_up(m=300, k=4, gold_at_the_end=0.15, pairs=400):
     """RM0 sees gold in SFT's samples but hardly in PPO's, which it rates alike; MetaRM sees it."""
     rng = np.random.default_rng(0)
@@ -169,7 +165,6 @@ def test_a_healthy_rm():
 
 
 def test_what_cannot_be_told():
-    """One round only; and all of PPO's gold rewards are tied."""
     prompts, *seen = made_up()
     responses, scores = ({x: y for x, y in part.items() if "ppo-2" not in x} for part in seen[:2])
     scores["gold", "ppo-1", "test"] = np.ones((300, 4))
@@ -181,8 +176,6 @@ def test_what_cannot_be_told():
     found = report.rounded({"a": [np.float64("nan"), math.inf, 2 / 3], "b": [None, "x", True, 7]})
     assert json.dumps(found) == '{"a": [null, null, 0.666667], "b": [null, "x", true, 7]}'
 
-
-# -------------------------------------------------------------------------------- the whole command
 
 PROMPTS = {"test": data.all_prompts(data.SHOP_PROBLEMS)[:24]}
 PROMPTS["ood"] = data.all_prompts(data.OOD_PROBLEMS)[:2]
@@ -314,7 +307,6 @@ def test_a_judge_in_the_place_of_gold(fake_run, monkeypatch):
 
 
 def refused(capsys, *argv, words):
-    """One line on stderr, with these words in it, and the status of a mistake."""
     assert report.main([str(option) for option in argv]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "error: " in error and all(str(word) in error for word in words), error
@@ -324,6 +316,7 @@ def test_a_shortened_run_and_missing_parts(fake_run, tmp_path, capsys):
     run, _ = fake_run
     for name in ("dpo", "oracle", "ppo-2", "reseeded-1", "reseeded-2", "metarm-1", "metarm-2/rm"):
         shutil.rmtree(run / name)
+    refused(capsys, words=["--run"])
     refused(capsys, "--run", run, words=["metarm-2", "run.sh"])  # a policy whose RM is gone
     shutil.rmtree(run / "metarm-2")
     (run / "ppo-1" / "policy" / "rollouts.jsonl").unlink()
@@ -363,7 +356,6 @@ def test_an_rm_judges_two_policies(fake_run, tmp_path, capsys):
     argv = ["--judge", f"{judge}", "--prompts", f"{prompts}", "--out"]
     assert report.main(["--policies", f"{run}/sft,{run}/dpo", *argv, f"{tmp_path}/ab"]) == 0
     [found] = data.read_jsonl(tmp_path / "ab" / "results.json")
-    # Again from the kept samples, by hand: the fake RM counts letters.
     for letter, name in (("A", "sft"), ("B", "dpo")):
         groups = [row["responses"] for row in data.read_jsonl(tmp_path / f"ab/{letter}.jsonl")[1:]]
         rewards.append([[len(text) for text in group] for group in groups])
@@ -378,7 +370,6 @@ def test_an_rm_judges_two_policies(fake_run, tmp_path, capsys):
 
 
 def test_kl_is_the_plain_loop(tmp_path):
-    """Text by text and token by token, without padding or batches."""
     policy, tokenizer = ppo.load_policy(make_policy(tmp_path / "a", seed=1))
     reference, _ = ppo.load_policy(make_policy(tmp_path / "b", seed=2))
     prompts, longest = ["Human: my phone", "help"], 5

@@ -32,7 +32,6 @@ def test_linked_files_and_pictures_exist(page):
 
 @pytest.mark.parametrize("command", ["data.py", "rm.py", "metarm.py", "ppo.py", "eval.py"])
 def test_every_option_in_run_sh_and_readme_exists(command, capsys):
-    """Options beside a command, and of the presets' lists, are options of that command."""
     run_sh = re.sub(r"\\\n", " ", (ROOT / "run.sh").read_text(encoding="utf-8"))
     lines = re.findall(rf"(?<!\w){re.escape(command)} [^\n|`]*", run_sh + README)
     used = set(re.findall(r" (--[a-z_]+)", " ".join(lines)))
@@ -45,7 +44,6 @@ def test_every_option_in_run_sh_and_readme_exists(command, capsys):
 
 
 def test_metarm_needs_nothing_but_torch(tmp_path):
-    """Copied alone into an empty folder, with nothing but torch importable."""
     source = (ROOT / "metarm.py").read_text(encoding="utf-8")
     imports = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
     assert imports - set(sys.stdlib_module_names) == {"torch"}

@@ -63,9 +63,6 @@ def test_lookahead_in_the_readme():
             assert (plain_loop(**{"normalize": normalize} | other) - expected).abs().max() > 1e-6
 
 
-# ---------------------------------------------------------------------------------- two processes
-
-
 def gpt2(kind, normalize, rank=0, world=1):
     """Returns where a small GPT-2 ends, by metarm_step or wrapped, with checkpointing and traps."""
     import transformers
@@ -120,7 +117,6 @@ def gpt2(kind, normalize, rank=0, world=1):
 
 
 def under_torchrun(folder):
-    """What each of the two processes does."""
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     worst = {}
     for kind in ("ddp", "fsdp2"):
@@ -152,9 +148,6 @@ def test_ddp_and_fsdp2(tmp_path):
     for rank in "01":
         worst = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(worst) == 8 and max(worst.values()) < 1e-9, worst
-
-
-# ----------------------------------------------------------------------------------- TRL and LoRA
 
 
 @pytest.fixture
