@@ -12,18 +12,11 @@ import metarm
 import ppo
 import rm
 
-TOKENIZERS = {  # "<eos>" as pad or BOS is GPT-2's way, a BOS of its own Llama's and OPT's
-    "gpt2": {"bos": "<eos>", "pad": "<eos>"},
-    "llama": {"bos": "<bos>", "pad": None, "padding_side": "left"},
-    "llama-tied": {"pad": "<eos>", "padding_side": "left"},
-    "qwen2": {},
-    "qwen3": {"padding_side": "left"},
-    "gemma": {"bos": "<bos>", "padding_side": "left"},
-    "gpt_neox": {"pad": None},
-    "opt": {"bos": "<bos>"},
-    "mistral": {"bos": "<bos>", "pad": None},
-    "gemma3": {"bos": "<bos>", "padding_side": "left"},
-}
+# "<eos>" as pad or BOS is GPT-2's way, a BOS of its own Llama's and OPT's.
+BOS, LEFT, NO_PAD = {"bos": "<bos>"}, {"padding_side": "left"}, {"pad": None}
+TOKENIZERS = {"gpt2": {"bos": "<eos>", "pad": "<eos>"}, "llama": BOS | LEFT | NO_PAD, "qwen2": {}}
+TOKENIZERS |= {"llama-tied": {"pad": "<eos>"} | LEFT, "qwen3": LEFT, "gemma": BOS | LEFT}
+TOKENIZERS |= {"gpt_neox": NO_PAD, "opt": BOS, "mistral": BOS | NO_PAD, "gemma3": BOS | LEFT}
 TIED = {"gpt2", "llama-tied", "gemma", "opt", "gemma3"}
 PAIRS = make_pairs(12)
 STEPS = "--batch_size 6 --lr 1e-3"
@@ -84,9 +77,7 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
         assert moved(f"{out}/{a}", f"{out}/{b}") > 10, (a, b)
     theta = weights_of(f"{out}/first")
     step = [(x - theta[name]).flatten() for name, x in weights_of(f"{out}/adapted").items()]
-    assert torch.cat(step).norm().item() == pytest.approx(
-        0.1, rel=1e-3
-    )  # Eq. 3: eta, as it is normalised
+    assert torch.cat(step).norm().item() == pytest.approx(0.1, rel=1e-3)  # Eq. 3: eta
     logs = [data.read_jsonl(f"{out}/{name}/log.jsonl") for name in ("first", "exact")]
     figures = {"vanilla_loss_adapted", "difference", "meta_grad_norm", "grad_norm"}
     looks = {"vanilla_loss", "cosine", "first_order_gain", "difference_adapted", "accuracy"}
@@ -120,16 +111,13 @@ def test_all_stages(tmp_path, architecture):
     base = make_policy(w / "base", architecture, **TOKENIZERS[architecture])
     run(ppo, f"sft --model {base} --data {pairs} {STEPS} --out {w}/sft")
     check_policy(base, f"{w}/sft", tied)
-
     run(ppo, f"sample --model {w}/sft --prompts {pairs} --k 2 --max_new_tokens 6 --out {w}/meta")
     asked = [row["prompt"] for row in data.read_meta(w / "meta/samples.jsonl")]
     assert asked == [pair["prompt"] for pair in PAIRS]
-
     run(ppo, f"dpo --model {w}/sft --data {pairs} {STEPS} --out {w}/dpo")
     check_policy(f"{w}/sft", f"{w}/dpo", tied)
     log = data.read_jsonl(w / "dpo/log.jsonl")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-
     reward_models(f"{w}/sft", f"{w}/meta/samples.jsonl", pairs, w)
     loop(f"{w}/sft", f"{w}/first", pairs, w / "policy")
     check_policy(f"{w}/sft", f"{w}/policy", tied)

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -177,22 +178,15 @@ WHY, SYSTEM = {"role": "user", "content": "Why"}, {"role": "system", "content": 
 SO, NO = ({"role": "assistant", "content": text} for text in ("So.", "No."))
 
 
-@pytest.mark.parametrize(
-    "prompt, chosen, rejected",
-    [
-        (TURN, " So.", " No."),
-        (None, TURN + " So.", TURN + " No."),  # HH-RLHF transcripts
-        ([WHY], [SO], [NO]),  # TRL's message lists
-        (None, [WHY, SO], [WHY, NO]),
-        (TURN, TURN + " So.", TURN + " No."),  # the prompt, again: taken off
-        (TURN, TURN.strip() + " So.", TURN.strip() + " No."),
-        ([WHY], [WHY, SO], [WHY, NO]),
-        ("Why", [WHY, SO], [WHY, NO]),  # as UltraFeedback has it
-        (TURN, [WHY, SO], [WHY, NO]),
-        ("Why", TURN + " So.", TURN + " No."),
-        (HUMAN, TURN + " So.", TURN + " No."),
-    ],
-)
+# Split; HH-RLHF transcripts; TRL's message lists. The prompt, again, is taken off.
+TURN_SO, TURN_NO = TURN + " So.", TURN + " No."
+FORMS = [(TURN, " So.", " No."), (None, TURN_SO, TURN_NO), ([WHY], [SO], [NO])]
+FORMS += [(None, [WHY, SO], [WHY, NO]), (TURN, TURN_SO, TURN_NO), ([WHY], [WHY, SO], [WHY, NO])]
+FORMS += [(TURN, TURN_SO.strip(), TURN_NO.strip()), (TURN, [WHY, SO], [WHY, NO])]
+FORMS += [("Why", [WHY, SO], [WHY, NO]), ("Why", TURN_SO, TURN_NO), (HUMAN, TURN_SO, TURN_NO)]
+
+
+@pytest.mark.parametrize("prompt, chosen, rejected", FORMS)
 def test_preferences_in_all_forms(tmp_path, capsys, prompt, chosen, rejected):
     row = {"chosen": chosen, "rejected": rejected} | ({"prompt": prompt} if prompt else {})
     file = put(tmp_path / "a.jsonl", row)
@@ -323,9 +317,7 @@ def test_output_folder_is_whole_or_absent(tmp_path):
 
 
 def test_a_mount_point_is_refused_and_the_checkpoint_outlives_the_renaming(tmp_path, monkeypatch):
-    def busy(*paths):
-        raise OSError(errno.EBUSY, "Device or resource busy")
-
+    busy = mock.Mock(side_effect=OSError(errno.EBUSY, "Device or resource busy"))
     out = tmp_path / "out"
     with pytest.raises(OSError), data.output_folder(out) as work:
         put(work / "checkpoint.pt", raw=b"the last step")
@@ -391,8 +383,6 @@ def test_command(capsys):
         assert status == 2 and out == "" and ": error: " in told
     assert call("sft --out o", data.Mistake("one\n  two")) == (2, "", "x.py: error: one two\n")
     assert call("sft --out o", KeyboardInterrupt())[0] == 130
-    full = Exception("... serializing: No space left on device (os error 28)")  # safetensors'
-    assert "disk of o is full" in call("sft --out o", full)[2]
     assert "disk of /d/f is full" in call("sft --out o", OSError(28, "No space left", "/d/f"))[2]
     for bug in (ValueError(), OSError(2, "No such file", "/d/f")):  # a bug keeps its traceback
         with pytest.raises(type(bug)):

@@ -46,9 +46,8 @@ def test_matched_accuracy_is_the_plain_loop():
     first[1][3] = 2.0  # gold ties are in no bin, not even in the one that begins at 0
     edges, bins = [0.0, 0.5, 1.0, 2.0, 9.0], []
     for low, high in itertools.pairwise(edges):
-        inside = [
-            [p for p in pairs_of(*x) if p[1] and low <= abs(p[1]) < high] for x in (first, second)
-        ]
+        both = [[*pairs_of(*x)] for x in (first, second)]
+        inside = [[p for p in some if p[1] and low <= abs(p[1]) < high] for some in both]
         if min(map(len, inside)) >= minimum:
             bins.append([(len(x), np.mean([(r > 0) == (g > 0) for r, g in x])) for x in inside])
     total = sum(a[0] for a, _ in bins)
@@ -194,9 +193,7 @@ class Fake(str):
 
 @pytest.fixture
 def fake_run(tmp_path, monkeypatch):
-    """A run folder without models: "policies" say random words, "RMs" count letters.
-
-    Returns it, and a list of whoever is asked to sample."""
+    """A run folder, and whoever is asked to sample: "policies" babble, "RMs" count letters."""
     run, calls = tmp_path / "toy", []
     policies = ["sft", "dpo", *(f"{arm}-{r}/policy" for arm in report.COLOURS for r in (1, 2))]
     models = ["rm0", "oracle/rm", "metarm-2/adapted", "judge/rm"]
@@ -219,20 +216,16 @@ def fake_run(tmp_path, monkeypatch):
         row["responses"] = [[text_of(f"{i}{j}") for j in range(2)] for i in range(2)]
         write_rows(run / name / "rollouts.jsonl", [row, row | {"kl": 1.0}])
 
-    def load(path):
-        return Fake("/".join(Path(path).parts[-2:])), None
-
     def sample_responses(model, tokenizer, prompts, k, seed, **options):
         calls.append(model)
         return [[text_of(f"{model}{x}{i}{seed}", 12) for i in range(k)] for x in prompts]
 
-    def score(model, tokenizer, prompts, responses):
-        return torch.tensor([float(len(text)) for text in responses])
-
-    monkeypatch.setattr(ppo, "load_policy", load)
-    monkeypatch.setattr(rm, "load_reward_model", load)
+    for module, name in ((ppo, "load_policy"), (rm, "load_reward_model")):
+        monkeypatch.setattr(
+            module, name, lambda path: (Fake("/".join(Path(path).parts[-2:])), None)
+        )
     monkeypatch.setattr(ppo, "sample_responses", sample_responses)
-    monkeypatch.setattr(rm, "score", score)
+    monkeypatch.setattr(rm, "score", lambda *x: torch.tensor([float(len(text)) for text in x[3]]))
     monkeypatch.setattr(report, "kl_to", lambda *arguments: 1.5)
     return run, calls
 
@@ -396,7 +389,6 @@ def test_answers_keep_a_dialogue_and_each_question_once(tmp_path):
     prompts = ["\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Help\n\nAssistant:", "Q", "Q"]
     report.write_answers(tmp_path / "x.json", "sft", prompts, [[" a "], ["b"], ["b"]])
     answers = json.loads((tmp_path / "x.json").read_text())
-    assert answers == [
-        {"instruction": "Hi\n\nAssistant: Yes?\n\nHuman: Help", "output": "a", "generator": "sft"},
-        {"instruction": "Q", "output": "b", "generator": "sft"},
-    ]
+    want = [["Hi\n\nAssistant: Yes?\n\nHuman: Help", "a", "sft"], ["Q", "b", "sft"]]
+    assert [list(answer.values()) for answer in answers] == want
+    assert list(answers[0]) == ["instruction", "output", "generator"]

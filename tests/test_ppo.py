@@ -98,7 +98,7 @@ def test_rows_do_not_depend_on_padding_or_company(tmp_path, architecture):
     critic = ppo.Critic(policy)
     assert policy.shares_prompts and critic.trunk.shares_prompts
     torch.nn.init.normal_(critic.head.weight)
-    prompts = ["my phone", "where is the parcel of my boss", "a"]
+    prompts = ["my phone", "where is the parcel of my boss", "a", "b"]
     responses = [" Sorry", "", " we refund it today", " a b"]
     rows = [rm.encode(tokenizer, x, y) for y in responses for x in prompts]
     batch, results = ppo.policy_batch(tokenizer, rows), []
@@ -114,23 +114,14 @@ def test_rows_do_not_depend_on_padding_or_company(tmp_path, architecture):
     for plain, shared in zip(*results, strict=True):
         atol = 1e-4 * max(1, plain.abs().max().item())
         torch.testing.assert_close(shared, plain, rtol=1e-4, atol=atol)
+    short = [i for i, (prompt, _) in enumerate(rows) if len(prompt) == 1]  # all is read at once
+    got = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, [rows[i] for i in short]), 0.7)
+    torch.testing.assert_close(got, results[0][0][short], rtol=1e-4, atol=1e-4)
+    assert len(short) == 8
     for (a, b), got in zip(rows, results[0][0], strict=True):
         logits = policy(torch.tensor([a + b])).logits[0].float() / 0.7
         alone = logits.log_softmax(-1)[range(len(a) - 1, len(a + b) - 1), b]
         assert torch.allclose(got[: len(b)], alone, atol=1e-4) and (got[len(b) :] == 0).all()
-
-
-def test_sampling_follows_the_models_own_probabilities(policy_folder):
-    model, tokenizer = ppo.load_policy(policy_folder)
-    ids = rm.encode(tokenizer, "Human: my phone is broken", "")[0]
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.lm_head.weight *= 12  # a peaked distribution is told apart with fewer samples
-        rows = ppo.generate(model, tokenizer, [ids] * 4000, 1, 0.7)
-        want = (model(torch.tensor([ids])).logits[0, -1] / 0.7).softmax(-1)
-    drawn = torch.tensor([row[0] for row in rows])
-    shares = torch.bincount(drawn, minlength=model.config.vocab_size) / 4000
-    assert 0.5 * (shares - want).abs().sum() < 0.15 and (shares - want).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "mamba"])
@@ -155,16 +146,6 @@ def test_generate_says_what_transformers_says(tmp_path, architecture):
             row = torch.tensor([row])
             whole = model.generate(row, attention_mask=torch.ones_like(row), **plain)
             assert response == whole[0, row.shape[1] :].tolist()
-
-
-def test_prompts_of_one_token(policy_folder):
-    policy, tokenizer = ppo.load_policy(policy_folder)
-    rows = [([prompt], [5, 6, 7][:n]) for prompt in (3, 4) for n in (3, 2)] + [([8, 9, 3], [5])]
-    for some in (rows[:4], rows):
-        together = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, some))
-        for row, got in zip(some, together, strict=True):
-            alone = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, [row]))[0]
-            assert torch.allclose(got[: len(alone)], alone, atol=1e-5)
 
 
 def test_sample_tokens_against_the_distribution():
@@ -352,11 +333,7 @@ def test_micro_batches_change_nothing(toy, tmp_path, mode):
 
 
 def test_ppo_raises_the_reward(toy, tmp_path, monkeypatch):
-
-    def score(model, tokenizer, prompts, responses, batch_size=64):
-        return -torch.tensor([float(len(response)) for response in responses])
-
-    monkeypatch.setattr(rm, "score", score)
+    monkeypatch.setattr(rm, "score", lambda *x, **_: -torch.tensor([float(len(y)) for y in x[3]]))
     options = "--steps 20 --batch_size 32 --minibatch_size 16 --max_new_tokens 12 --lr 4e-3"
     options += " --critic_lr 4e-3 --missing_eos_penalty 0 --kl_coef 0"
     assert run(f"ppo --model TOY/policy {LOOP} {options} --out {tmp_path}/short", toy) == 0
@@ -396,10 +373,8 @@ def test_settings_are_what_the_docstrings_name(toy, tmp_path, monkeypatch):
 
 
 def test_rewards_without_a_scale_are_refused(toy, tmp_path, monkeypatch, capsys):
-    def score(model, tokenizer, prompts, responses, batch_size=64):
-        return 0.1 * torch.tensor([3.0 if i % 2 else 3.0000002 for i in range(len(prompts))])
-
-    monkeypatch.setattr(rm, "score", score)
+    scores = 0.1 * torch.tensor([3.0, 3.0000002] * 16)
+    monkeypatch.setattr(rm, "score", lambda *x, **_: scores[: len(x[3])])
     assert run(f"ppo --model TOY/policy {LOOP} --out {tmp_path}/x", toy) == 2
     error = capsys.readouterr().err
     assert re.search("--scale_prompts 8: all 32 .*one reward, 0.3; .*--temperature", error)

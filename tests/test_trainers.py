@@ -58,9 +58,6 @@ def test_lookahead_in_the_readme():
         has = run(definitions + SNIPPETS["plain-lookahead"], normalize=normalize)
         end, expected = vector(has["model"].parameters()), plain_loop(normalize=normalize)
         torch.testing.assert_close(end, expected, rtol=0, atol=1e-12)
-        # What these files compare can differ.
-        for other in ({"normalize": not normalize}, {"eta": 0.0}):
-            assert (plain_loop(**{"normalize": normalize} | other) - expected).abs().max() > 1e-6
 
 
 def gpt2(kind, normalize, rank=0, world=1):
@@ -129,7 +126,6 @@ def under_torchrun(folder):
             dist.init_process_group = lambda backend: None  # the first script has joined for all
             end, expected = gpt2(kind, normalize, dist.get_rank(), 2), gpt2(None, normalize)
             worst[f"GPT-2 {kind} {normalize}"] = end - expected
-
     fsdp1 = dist.fsdp.FullyShardedDataParallel(torch.nn.Linear(6, 1), device_id="cpu")
     fsdp1(torch.ones(2, 6)).sum().backward()
     with pytest.raises(ValueError, match="FSDP1"), metarm.lookahead(fsdp1, 0.1, normalize=True):
@@ -220,7 +216,6 @@ def test_trl(toy_run, monkeypatch):
             patch.setattr(ready.accelerator.scaler, "scale", lambda loss: loss * math.inf)
             ready.training_step(theirs, ready.data_collator(script["D"]))
         assert not vector(p.grad for p in theirs.parameters()).isfinite().all()
-
     with pytest.raises(ValueError, match="set gradient_accumulation_steps=1"):
         trainer(model, True, gradient_accumulation_steps=2)
     Path("runs/toy/pairs/train.jsonl").write_text("{}\n")
@@ -253,7 +248,6 @@ def test_lora(toy_run, monkeypatch):
         stayed = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
         assert stayed == set(before) - set(theta)
     torch.testing.assert_close(*ends, rtol=0, atol=1e-9)
-
     for options in ([], ["--gradient_checkpointing", "--micro_batch_size", "3", "--out", "x"]):
         lora["main"](["--batch_size", "4", *options])
     model, tokenizer = rm.load_reward_model("runs/lora/rm")
