@@ -84,7 +84,6 @@ def save(folder, auto_class, config, tokenizer, seed=0, **options) -> str:
 
 
 def make_policy(folder, architecture="llama", seed=0, **tokenizer_options) -> str:
-    """Writes a random causal language model with its tokenizer; returns str(folder)."""
     tokenizer = make_tokenizer(**tokenizer_options)
     config = (ARCHITECTURES | MORE)[architecture](len(tokenizer))
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -129,7 +128,6 @@ THINGS = "phone parcel invoice charge refund help".split()
 
 
 def make_pairs(n: int) -> list[dict]:
-    """Returns n pairs of D, with some empty responses among the rejected."""
     pairs = []
     for i in range(n):
         prompt = f"Human: my {THINGS[i % 6]} is {'late, ' * (i % 3)}{i}"

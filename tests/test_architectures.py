@@ -51,7 +51,6 @@ def check_policy(before: str, after: str, tied: bool) -> None:
 
 
 def check_reward_model(folder: str) -> None:
-    """Anybody can load it, with one label, and gets the rewards that rm.py gets."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer, config = transformers.AutoTokenizer.from_pretrained(folder), model.config
     assert config.num_labels == 1
@@ -87,7 +86,6 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
         assert figures <= set(second) and not looks & set(second)
     for row in logs[0][:-1] + logs[1][:-1]:
         assert 0.25 <= row["difference"] <= 0.5 and row["meta_grad_norm"] > 0  # k = 2
-    # In step 0 both orders are at the same theta and theta'; then they differ.
     for name, same in [("difference", 1), ("vanilla_loss_adapted", 1), ("grad_norm", 0)]:
         first, exact = (log[0][name] for log in logs)
         assert (first == pytest.approx(exact, rel=1e-4)) == same

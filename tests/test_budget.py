@@ -34,11 +34,7 @@ def is_option(node) -> bool:
 
 
 def count(source: str) -> tuple[int, int, int]:
-    """(lines of code, those of them that list options, comments).
-
-    Blank lines, docstrings and comments are no code. A comment stands beside code, or has lines of
-    its own, of which each counts.
-    """
+    """(lines of code, those of them that list options, comments, beside code or by the line)."""
     nodes = [*ast.walk(ast.parse(source))]
     lines = enumerate(map(str.strip, source.splitlines()), 1)
     code = {i for i, line in lines if line and not line.startswith("#")}

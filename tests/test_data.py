@@ -177,7 +177,6 @@ HUMAN, TURN = "\n\nHuman: Why", "\n\nHuman: Why\n\nAssistant:"
 WHY, SYSTEM = {"role": "user", "content": "Why"}, {"role": "system", "content": "Be kind."}
 SO, NO = ({"role": "assistant", "content": text} for text in ("So.", "No."))
 
-
 # Split; HH-RLHF transcripts; TRL's message lists. The prompt, again, is taken off.
 TURN_SO, TURN_NO = TURN + " So.", TURN + " No."
 FORMS = [(TURN, " So.", " No."), (None, TURN_SO, TURN_NO), ([WHY], [SO], [NO])]

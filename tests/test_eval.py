@@ -220,10 +220,8 @@ def fake_run(tmp_path, monkeypatch):
         calls.append(model)
         return [[text_of(f"{model}{x}{i}{seed}", 12) for i in range(k)] for x in prompts]
 
-    for module, name in ((ppo, "load_policy"), (rm, "load_reward_model")):
-        monkeypatch.setattr(
-            module, name, lambda path: (Fake("/".join(Path(path).parts[-2:])), None)
-        )
+    monkeypatch.setattr(ppo, "load_policy", lambda x: (Fake("/".join(Path(x).parts[-2:])), None))
+    monkeypatch.setattr(rm, "load_reward_model", ppo.load_policy)
     monkeypatch.setattr(ppo, "sample_responses", sample_responses)
     monkeypatch.setattr(rm, "score", lambda *x: torch.tensor([float(len(text)) for text in x[3]]))
     monkeypatch.setattr(report, "kl_to", lambda *arguments: 1.5)

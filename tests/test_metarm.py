@@ -1,6 +1,5 @@
 """metarm.py against independent calculations: loops, closed forms, finite differences."""
 
-import functools
 import gc
 import math
 import weakref
@@ -244,19 +243,17 @@ class Odd(torch.nn.Module):
 @NORMALIZE
 def test_odd_parameters_get_their_gradient_and_stay_where_they_were(normalize):
     model = Odd()
-    L = functools.partial(lambda x, forward: forward(x, "only_L").pow(2).mean(), torch.arange(6))
-    J = functools.partial(
-        lambda x, forward: forward(x, "only_J").sigmoid().mean(), 3 + torch.arange(6)
-    )
+    losses = [lambda forward: forward(torch.arange(6), "only_L").pow(2).mean()]
+    losses += [lambda forward: forward(torch.arange(3, 9), "only_J").sigmoid().mean()]
 
     def places():  # wherever the model holds a parameter: the object, its values
         held = [p for _, p in model.named_parameters(remove_duplicate=False)]
         return [id(p) for p in held], vector(held)
 
     objects, values = places()
-    first, exact = (metarm.meta_gradient(model, L, J, ETA, o, normalize)[0] for o in ORDER)
-    adapted = vector(metarm.adapted_parameters(model, J, ETA, normalize).values())
-    metarm.diagnostics(model, L, J, ETA, normalize)
+    first, exact = (metarm.meta_gradient(model, *losses, ETA, o, normalize)[0] for o in ORDER)
+    adapted = vector(metarm.adapted_parameters(model, losses[1], ETA, normalize).values())
+    metarm.diagnostics(model, *losses, ETA, normalize)
     assert places()[0] == objects and torch.equal(places()[1], values)  # theta is back
     names = ["shift", "only_J", "only_L", "none", "embed.weight", "layer.weight", "layer.bias"]
     for grads in (first, exact):  # tied: once; frozen: never
@@ -264,21 +261,22 @@ def test_odd_parameters_get_their_gradient_and_stay_where_they_were(normalize):
     assert first["only_J"] == 0 != exact["only_J"]  # it bends the others' theta'
     trained = trained_of(model)
     d = torch.randn(vector(trained).shape, dtype=torch.float64)
-    [slopes] = both_orders_by_differences(model, L, J, normalize, [d / d.norm()])
+    [slopes] = both_orders_by_differences(model, *losses, normalize, [d / d.norm()])
     along = [vector(grads.values()) @ d / d.norm() for grads in (first, exact)]
     assert [x.item() for x in along] == pytest.approx(slopes, rel=1e-6)
-    g_J = plain_gradient(model, J)
+    g_J = plain_gradient(model, losses[1])
     step = ETA * (g_J / g_J.norm() if normalize else g_J)
     torch.testing.assert_close(adapted, vector(trained) + step)
-    metarm.metarm_step(model, torch.optim.SGD(trained, lr=0.1), L, J, ETA, normalize=normalize)
+    metarm.metarm_step(model, torch.optim.SGD(trained, lr=0.1), *losses, ETA, normalize=normalize)
     assert places()[0] == objects and not torch.equal(places()[1], values)
 
 
 @ORDERS
 @NORMALIZE
 def test_no_difference_to_climb_means_theta_stays(order, normalize):
-    model, same = reward_model(), {name: x[:1].repeat(2 * K, 1) for name, x in S.items()}
-    grads, info = metarm.meta_gradient(model, L_on(D), J_on(same), ETA, order, normalize)
+    model = reward_model()
+    J = [lambda f: metarm.difference_loss(f(**S).logits[:1, 0].expand(2, K))]  # one, K times
+    grads, info = metarm.meta_gradient(model, L_on(D), J, ETA, order, normalize)
     plain = plain_gradient(model, L_on(D))
     torch.testing.assert_close(vector(grads.values()), plain, rtol=1e-9, atol=1e-12)
     assert info["meta_grad_norm"] == 0
@@ -463,7 +461,6 @@ def test_grad_scaler(normalize, overflow):
 
 
 def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path, monkeypatch, capsys):
-    """eta = 0 is Eq. 1: the same head, order of D and optimizer, so the same weights."""
     D, S = make_pairs(9), [{"prompt": str(i), "responses": [" a", " b", f" {i}"]} for i in range(7)]
     D, S = write_rows(tmp_path / "D.jsonl", D), write_rows(tmp_path / "S.jsonl", S)
     common = f"--model {policy_folder} --data {D} --batch_size 4 --epochs 2 --lr 1e-3 --seed 3"

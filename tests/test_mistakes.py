@@ -34,7 +34,6 @@ SOUND = {
     "ppo.py sample": "--model policy --prompts pairs.jsonl --k 2 --max_new_tokens 6",
 }
 MISTAKES = [  # (command, what is added to it, what the line must say)
-    ("rm.py", "--learning_rate 1", "--learning_rate"),
     ("metarm.py", "--order second", "second"),
     ("metarm.py", "--eta -0.1", "eta"),
     ("rm.py", "--data pears.jsonl", "pears.jsonl"),
@@ -43,7 +42,6 @@ MISTAKES = [  # (command, what is added to it, what the line must say)
     ("rm.py", "--batch_size 99", "40 rows.*--batch_size"),
     ("metarm.py", "--meta_batch_size 99", "40 .*--meta_batch_size"),
     ("rm.py", "--data long.jsonl", "long.jsonl, row 2: .* 128 positions.*--max_length"),
-    ("ppo.py ppo", "--prompts long.jsonl", "long.jsonl, row 2: .* positions"),
     ("ppo.py sample", "--max_new_tokens 500", "--max_new_tokens.* 128.* positions"),
     ("rm.py", "--model polcy", "polcy: no such folder"),
     ("ppo.py sft", "--model gpt3", "gpt3: no such folder.* openai-community/gpt2"),
@@ -57,6 +55,11 @@ MISTAKES = [  # (command, what is added to it, what the line must say)
     ("ppo.py ppo", "--reward_model policy", "policy: .*no reward head"),
     ("ppo.py dpo", "--ref_policy base", "base.*vocabulary"),
     ("ppo.py ppo", "--scale_prompts 0", "--scale_prompts 0"),
+    ("ppo.py ppo", "--batch_size 200", "--scale_prompts 4 leaves 36"),
+    ("ppo.py sample", "--k 0", "--k 0"),
+    ("ppo.py sample", "--max_length 9", "--k 2 x 0 prompts"),
+    ("ppo.py sample", "--prompts empty.jsonl", "empty.jsonl, row 2"),
+    ("ppo.py sft", "--data empty.jsonl --batch_size 1", "empty.jsonl, row 2"),
     ("ppo.py ppo", "--batch_size 30", "size 30 .*--rollouts_per_prompt 4; .*--batch_size 28"),
     ("ppo.py ppo", "--batch_size 2", "--batch_size 2 .*--rollouts_per_prompt 4; .*--batch_size 4"),
     ("rm.py", "--lr 1e30", "/x: .*nan.*lower --lr"),
@@ -76,6 +79,7 @@ def world(toy, tmp_path_factory):
     long = {"prompt": "Human: the parcel is late " * 100, "chosen": " a", "rejected": " b"}
     for name, rows in {
         "no-key": [pairs[0], {"prompt": "a", "chosen": "b"}],
+        "empty": [{"prompt": x, "response": "a"} for x in ("Human:", "")],
         "one": [{"prompt": "a", "responses": ["b"]}],
         "long": [pairs[0], long, *pairs[1:]],
     }.items():
@@ -113,7 +117,7 @@ def check_told(module, told, words):
     assert error.startswith(f"{module}") and ": error: " in error and len(error) < 700
     assert re.search(words, error), error
     for line in others:
-        assert "%|" in line or re.match("usage: | +|[^ ]*: (warning|dropped)", line), line
+        assert "%|" in line or re.match("usage: | +|[^ ]*: (warning|dropped|0 of 40)", line), line
 
 
 @pytest.mark.parametrize("command, added, words", MISTAKES, ids=[" ".join(m[:2]) for m in MISTAKES])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = re.findall(r"`(metarm|rm|ppo|data|eval)\.([A-Za-z_]+)`", README)

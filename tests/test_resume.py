@@ -30,7 +30,6 @@ def commands(toy, monkeypatch):
 
 
 def cut_off(monkeypatch, module, options, out) -> None:
-    """Runs a command that is interrupted in its fourth step; its last checkpoint is two old."""
     save = rm.Checkpoint.save
 
     def save_and_interrupt(self, step, **kept):

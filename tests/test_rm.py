@@ -70,7 +70,6 @@ def test_encode_puts_specials_once_and_ends_with_eos(options, first):
 
 
 def trunk_and_head(model, ids):
-    """The reward by hand, of one row alone, without any padding."""
     return model.score(model.base_model(torch.tensor([ids])).last_hidden_state[0, -1])[0]
 
 
@@ -99,11 +98,6 @@ def test_score_leaves_the_mode_and_takes_as_many_prompts_as_responses(policy_fol
     assert len(rm.score(model, tokenizer, [], [])) == 0
     with pytest.raises(ValueError):
         rm.score(model, tokenizer, ["a"], [])
-
-
-def test_the_seed_makes_the_head(policy_folder):
-    a, b, c = (rm.load_reward_model(policy_folder, seed=i)[0].score.weight for i in (3, 3, 4))
-    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_rewards_leave_in_float32_under_bf16(policy_folder):
@@ -210,10 +204,13 @@ def test_broken_folders_are_refused(tmp_path):
     refused(folder, "not a whole")
 
 
-def test_loading_leaves_cudas_generator_and_its_attention_without_cudnn(policy_folder, monkeypatch):
+def test_loading_seeds_the_head_alone_and_leaves_attention_without_cudnn(
+    policy_folder, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", pytest.fail)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    rm.load_reward_model(policy_folder, seed=0)
+    a, b, c = (rm.load_reward_model(policy_folder, seed=i)[0].score.weight for i in (3, 3, 4))
+    assert torch.equal(a, b) and not torch.equal(a, c)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
 

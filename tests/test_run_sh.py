@@ -22,7 +22,6 @@ while [ $# -gt 0 ]; do case $1 in --out | --save_adapted) mkdir -p "$2" ;; esac;
 
 @pytest.fixture
 def call(tmp_path):
-    """call("hh ...") -> (status, output, the commands that were run)."""
     home, log = tmp_path / "a repository", tmp_path / "log"
     (tmp_path / "elsewhere").mkdir()
     home.mkdir()

@@ -76,7 +76,6 @@ def test_policies_are_compared_on_the_way_to_one_kl():
             rows += [("d", 7, arm, r, f"gold.{r}", r)]
     table = page.Table(rows, "d")
     assert table.policies == list(ways) and table.arms() == [page.RESEEDED]
-    # All reach 3 nats. Gold rises in straight lines to 6 and to 9: half that on average.
     assert table.get("ppo:rm0", "gold.path") == {7: pytest.approx(3.0)}
     assert table.gain(f"ppo:{FIRST}", "gold.path", "ppo:rm0") == {7: pytest.approx(1.5)}
     assert list(table.path(f"ppo:{FIRST}")[7][0]) == [0, 2, 2, 2, 4, 4, 4, 4, 4, 4]  # never falls
@@ -258,7 +257,6 @@ def test_ocrm_weighs_pairs_by_what_the_policy_says(training, tmp_path):
 
 @pytest.mark.parametrize("kind", arms.LOSSES)
 def test_without_its_knob_an_arm_is_plain_training(training, tmp_path, kind):
-    """Same head, same order of D, same optimizer: what differs is the knob's doing."""
     options = ["--model", training.policy_folder, "--data", training.D_file, "--lr", "1e-3"]
     source = make_policy(tmp_path / "p", seed=1) if kind == "ocrm" else training.S_file
     found = []

@@ -27,7 +27,6 @@ SNIPPETS = dict(re.findall(SNIPPET, (ROOT / "README.md").read_text(encoding="utf
 
 
 def run(code, file="README.md", **forced):
-    """Runs code in float64, with other options of the step; returns its variables."""
     variables = {"__name__": "__main__", "__file__": str(file)}
     lookahead, metarm_step = metarm.lookahead, metarm.metarm_step
     metarm.lookahead = lambda *args, **options: lookahead(*args, **options | forced)
@@ -61,7 +60,6 @@ def test_lookahead_in_the_readme():
 
 
 def gpt2(kind, normalize, rank=0, world=1):
-    """Returns where a small GPT-2 ends, by metarm_step or wrapped, with checkpointing and traps."""
     import transformers
 
     torch.manual_seed(0)
@@ -148,7 +146,6 @@ def test_ddp_and_fsdp2(tmp_path):
 
 @pytest.fixture
 def toy_run(tmp_path, monkeypatch):
-    """Stands in a folder with a tiny runs/toy; gives (pairs of D, prompts of S)."""
     pairs = make_pairs(4)
     samples = [x | {"responses": [x["chosen"], x["rejected"], " help me"]} for x in pairs]
     for name, rows in [("pairs/train.jsonl", pairs), ("metarm-1/meta/samples.jsonl", samples)]:
@@ -161,7 +158,6 @@ def toy_run(tmp_path, monkeypatch):
 
 
 def losses_of(model, tokenizer, pairs, samples):
-    """Returns (L, J, D, S). L and J take all of D and S, or the groups given."""
     D, S = [rm.encode_groups(model, tokenizer, items, "")[1] for items in (pairs, samples)]
 
     def L(forward, groups=D):
@@ -191,7 +187,6 @@ def test_trl(toy_run, monkeypatch):
         trl = script["MetaRewardTrainer"]
         return trl(model, args=config, train_dataset=D, processing_class=tokenizer, **of_S)
 
-    # A batch is all of D and all of S, so the order in which they are drawn does not matter.
     for normalize in (False, True):
         theirs, ours = [rm.load_reward_model("runs/toy/sft", seed=0)[0].double() for _ in range(2)]
         optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, weight_decay=0.0)
