@@ -92,15 +92,15 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
 
 
 def loop(policy: str, reward_model: str, pairs: str, out) -> None:
-    """PPO. Its first rollouts are the reference's, with the reward model's own scores."""
+    """PPO. Its first rollouts are the reference's; their scores are the reward model's own."""
     options = f"--prompts {pairs} {PPO_STEPS} --max_new_tokens 6 --out {out}"
     run(ppo, f"ppo --model {policy} --reward_model {reward_model} {options}")
-    log, [first, *_] = (data.read_jsonl(out / f"{name}.jsonl") for name in ("log", "rollouts"))
+    log, [*_, last] = (data.read_jsonl(out / f"{name}.jsonl") for name in ("log", "rollouts"))
     assert abs(log[0]["objective/kl"]) < 1e-4 < abs(log[1]["objective/kl"])
-    texts = [text for texts in first["responses"] for text in texts]
-    prompts = [x for x, ys in zip(first["prompts"], first["responses"], strict=True) for _ in ys]
+    texts = [text for texts in last["responses"] for text in texts]
+    prompts = [x for x, ys in zip(last["prompts"], last["responses"], strict=True) for _ in ys]
     want = rm.score(*rm.load_reward_model(reward_model), prompts, texts).tolist()
-    assert sum(first["scores"], []) == pytest.approx(want, abs=1e-5)
+    assert sum(last["scores"], []) == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", TOKENIZERS)

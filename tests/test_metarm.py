@@ -460,6 +460,11 @@ def test_grad_scaler(normalize, overflow):
     assert (scaler.get_scale() < 1024.0) == overflow
 
 
+def test_micro_batches_of_unequal_size_keep_the_mean():
+    losses = metarm.micro_batches(lambda forward, groups: sum(groups) / len(groups), [*range(7)], 3)
+    assert len(losses) == 3 and sum(loss(None) for loss in losses) / 3 == pytest.approx(3.0)
+
+
 def test_without_a_climb_the_command_is_rm_py(policy_folder, tmp_path, monkeypatch, capsys):
     D, S = make_pairs(9), [{"prompt": str(i), "responses": [" a", " b", f" {i}"]} for i in range(7)]
     D, S = write_rows(tmp_path / "D.jsonl", D), write_rows(tmp_path / "S.jsonl", S)

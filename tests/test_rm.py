@@ -224,6 +224,12 @@ def test_on_cuda_policies_are_read_in_bf16_and_reward_models_in_float32():
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_on_a_gpu_prompts_are_read_once_where_it_saves_much():
+    for device, saved, want in [("cpu", 0, True), ("cuda", 2047, False), ("cuda", 2048, True)]:
+        model = argparse.Namespace(shares_prompts=True, device=torch.device(device))
+        assert rm.shares_prompts(model, saved) == want
+
+
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
 
 
