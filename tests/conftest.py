@@ -11,7 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 import torch
 import transformers as tr
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import rm
 
 torch.set_num_threads(1)
 tr.logging.set_verbosity_error()
@@ -44,6 +47,11 @@ ARCHITECTURES = {  # vocabulary size -> configuration
     "gpt_neox": lambda v: tr.GPTNeoXConfig(vocab_size=v, **SMALL),
     "opt": lambda v: tr.OPTConfig(vocab_size=v, word_embed_proj_dim=32, ffn_dim=48, **SMALL),
 }
+MORE = {  # a window of attention; no attention
+    "mistral": lambda v: tr.MistralConfig(vocab_size=v, sliding_window=8, **TWO),
+    "gemma3": lambda v: tr.Gemma3TextConfig(vocab_size=v, sliding_window=8, **GEMMA),
+    "mamba": lambda v: tr.MambaConfig(vocab_size=v, hidden_size=32, num_hidden_layers=2),
+}
 
 
 def make_tokenizer(bos=None, eos="<eos>", pad="<pad>", padding_side="right", encoder=False):
@@ -69,7 +77,6 @@ def make_tokenizer(bos=None, eos="<eos>", pad="<pad>", padding_side="right", enc
 
 
 def save(folder, auto_class, config, tokenizer, seed=0, **options) -> str:
-    """Writes a random model of a configuration, with its tokenizer."""
     torch.manual_seed(seed)
     getattr(tr, auto_class).from_config(config, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -77,12 +84,33 @@ def save(folder, auto_class, config, tokenizer, seed=0, **options) -> str:
 
 
 def make_policy(folder, architecture="llama", seed=0, **tokenizer_options) -> str:
-    """Writes a random causal language model with its tokenizer; returns str(folder)."""
     tokenizer = make_tokenizer(**tokenizer_options)
-    config = ARCHITECTURES[architecture](len(tokenizer))
+    config = (ARCHITECTURES | MORE)[architecture](len(tokenizer))
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
     config.pad_token_id = None
     return save(folder, "AutoModelForCausalLM", config, tokenizer, seed)
+
+
+def make_image_and_text(folder, positions=128, **tokenizer_options) -> str:
+    """Writes a Gemma 3, whose settings stand one level down, in config.text_config."""
+    tokenizer = make_tokenizer(**tokenizer_options)
+    n, end, pad = len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id
+    text = {**GEMMA, "sliding_window": 8, "max_position_embeddings": positions}
+    text |= {"vocab_size": n + 3, "eos_token_id": end, "pad_token_id": pad}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    ids = {"image_token_index": n, "boi_token_index": n + 1, "eoi_token_index": n + 2}
+    ids |= {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4}
+    return save(folder, "AutoModelForImageTextToText", tr.Gemma3Config(**ids), tokenizer)
+
+
+def weights_of(folder) -> dict:
+    return load_file(f"{folder}/model.safetensors")
+
+
+def change_weights(folder, change) -> None:
+    weights = change(weights_of(folder))
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
 
 
 def vector(tensors):
@@ -92,7 +120,6 @@ def vector(tensors):
 
 
 def write_rows(path, rows) -> str:
-    """Writes a .jsonl file; returns str(path)."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
@@ -101,7 +128,6 @@ THINGS = "phone parcel invoice charge refund help".split()
 
 
 def make_pairs(n: int) -> list[dict]:
-    """Returns n pairs of D, with some empty responses among the rejected."""
     pairs = []
     for i in range(n):
         prompt = f"Human: my {THINGS[i % 6]} is {'late, ' * (i % 3)}{i}"
@@ -116,7 +142,6 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def devices(request, monkeypatch):
-    """Gives the devices back to a test that is marked `cuda`."""
     if request.node.get_closest_marker("cuda"):
         if not GPUS:
             pytest.skip("needs a CUDA device")
@@ -126,4 +151,16 @@ def devices(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def policy_folder(tmp_path_factory):
-    return make_policy(tmp_path_factory.mktemp("policy") / "llama")
+    return make_policy(tmp_path_factory.mktemp("toy") / "policy")
+
+
+@pytest.fixture(scope="session")
+def toy(policy_folder):
+    """A folder with a policy, pairs of D, S, and an RM with another tokenizer (it gets text)."""
+    w, pairs = Path(policy_folder).parent, make_pairs(40)
+    S = [{"prompt": x["prompt"], "responses": [x["chosen"], x["rejected"], " no"]} for x in pairs]
+    write_rows(w / "meta.jsonl", S)
+    base = make_policy(w / "base", "gpt2", bos="<bos>", pad=None)
+    argv = f"--model {base} --data {write_rows(w / 'pairs.jsonl', pairs)} --out {w}/rm --lr 1e-3"
+    assert rm.main([*argv.split(), "--batch_size", "8", "--epochs", "4"]) == 0
+    return w

@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # A run that is killed at random moments ends as if it had not been (Linux: setsid, procps and GNU find).
-#
 #   bash tests/kill.sh [KILLS] [SEED]     20 kills, seed 0; about 20 minutes
-#
 # SIGKILL ends all processes of a smoke run at once, as a power cut would. The same command, given again and again, must
 # end with the very results.json of a run that nobody disturbed, and leave nothing half-written.
 # A run that ends between two kills is compared, and the next kills fall on a new folder.

@@ -1,61 +1,26 @@
-"""All stages, one after the other, from a checkpoint on the disk, for each architecture.
-
-Varied over the architectures: tied and untied embeddings, with and without a pad token, tokenizers
-that pad left or right, that put a BOS first or not.
-"""
+"""All stages, one after the other, from a checkpoint on the disk, for each architecture."""
 
 import math
 
 import pytest
 import torch
 import transformers
-from conftest import (
-    ARCHITECTURES,
-    GEMMA,
-    SMALL,
-    make_pairs,
-    make_policy,
-    make_tokenizer,
-    save,
-    write_rows,
-)
-from safetensors.torch import load_file
+from conftest import SMALL, make_pairs, make_policy, make_tokenizer, save, weights_of, write_rows
 
 import data
 import metarm
 import ppo
 import rm
 
-# What people bring that conftest's list has not: a window of attention.
-ARCHITECTURES = ARCHITECTURES | {
-    "mistral": lambda v: transformers.MistralConfig(
-        vocab_size=v, num_key_value_heads=2, sliding_window=8, **SMALL
-    ),
-    "gemma3": lambda v: transformers.Gemma3TextConfig(vocab_size=v, sliding_window=8, **GEMMA),
-}
-TOKENIZERS = {  # "<eos>" as pad or BOS is GPT-2's way, a BOS of its own Llama's and OPT's
-    "gpt2": {"bos": "<eos>", "pad": "<eos>"},
-    "llama": {"bos": "<bos>", "pad": None, "padding_side": "left"},
-    "llama-tied": {"pad": "<eos>", "padding_side": "left"},
-    "qwen2": {},
-    "qwen3": {"padding_side": "left"},
-    "gemma": {"bos": "<bos>", "padding_side": "left"},
-    "gpt_neox": {"pad": None},
-    "opt": {"bos": "<bos>"},
-    "mistral": {"bos": "<bos>", "pad": None},
-    "gemma3": {"bos": "<bos>", "padding_side": "left"},
-}
+# "<eos>" as pad or BOS is GPT-2's way, a BOS of its own Llama's and OPT's.
+BOS, LEFT, NO_PAD = {"bos": "<bos>"}, {"padding_side": "left"}, {"pad": None}
+TOKENIZERS = {"gpt2": {"bos": "<eos>", "pad": "<eos>"}, "llama": BOS | LEFT | NO_PAD, "qwen2": {}}
+TOKENIZERS |= {"llama-tied": {"pad": "<eos>"} | LEFT, "qwen3": LEFT, "gemma": BOS | LEFT}
+TOKENIZERS |= {"gpt_neox": NO_PAD, "opt": BOS, "mistral": BOS | NO_PAD, "gemma3": BOS | LEFT}
 TIED = {"gpt2", "llama-tied", "gemma", "opt", "gemma3"}
 PAIRS = make_pairs(12)
 STEPS = "--batch_size 6 --lr 1e-3"
 PPO_STEPS = "--steps 2 --batch_size 8 --scale_prompts 4 --lr 1e-3 --critic_lr 1e-3"
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    path = tmp_path_factory.mktemp("files") / "pairs.jsonl"
-    data.write_jsonl(path, PAIRS)
-    return f"{path}"
 
 
 def run(module, command: str) -> None:
@@ -63,8 +28,7 @@ def run(module, command: str) -> None:
 
 
 def moved(before: str, after: str) -> int:
-    """How many weights moved between two folders. All are finite."""
-    old, new = (load_file(f"{folder}/model.safetensors") for folder in (before, after))
+    old, new = weights_of(before), weights_of(after)
     assert all(torch.isfinite(x).all() for x in new.values())
     return sum(not torch.equal(x, new[name]) for name, x in old.items() if name in new)
 
@@ -87,7 +51,6 @@ def check_policy(before: str, after: str, tied: bool) -> None:
 
 
 def check_reward_model(folder: str) -> None:
-    """Anybody can load it, with one label, and gets the rewards that rm.py gets."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer, config = transformers.AutoTokenizer.from_pretrained(folder), model.config
     assert config.num_labels == 1
@@ -102,7 +65,6 @@ def check_reward_model(folder: str) -> None:
 
 
 def reward_models(policy: str, meta: str, pairs: str, out) -> None:
-    """rm.py, then metarm.py in both orders, with theta'."""
     common = f"--model {policy} --data {pairs} --eval_data {pairs} {STEPS}"
     run(rm, f"{common} --out {out}/rm")
     meta = f"{common} --meta {meta} --meta_batch_size 4 --eta 0.1 --normalize"
@@ -112,9 +74,9 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
         check_reward_model(f"{out}/{name}")
     for a, b in [("rm", "first"), ("first", "exact"), ("first", "adapted")]:
         assert moved(f"{out}/{a}", f"{out}/{b}") > 10, (a, b)
-    theta, theta_prime = (load_file(f"{out}/{x}/model.safetensors") for x in ("first", "adapted"))
-    step = torch.cat([(x - theta[name]).flatten() for name, x in theta_prime.items()])
-    assert step.norm().item() == pytest.approx(0.1, rel=1e-3)  # Eq. 3: eta, as it is normalised
+    theta = weights_of(f"{out}/first")
+    step = [(x - theta[name]).flatten() for name, x in weights_of(f"{out}/adapted").items()]
+    assert torch.cat(step).norm().item() == pytest.approx(0.1, rel=1e-3)  # Eq. 3: eta
     logs = [data.read_jsonl(f"{out}/{name}/log.jsonl") for name in ("first", "exact")]
     figures = {"vanilla_loss_adapted", "difference", "meta_grad_norm", "grad_norm"}
     looks = {"vanilla_loss", "cosine", "first_order_gain", "difference_adapted", "accuracy"}
@@ -124,41 +86,36 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
         assert figures <= set(second) and not looks & set(second)
     for row in logs[0][:-1] + logs[1][:-1]:
         assert 0.25 <= row["difference"] <= 0.5 and row["meta_grad_norm"] > 0  # k = 2
-    # In step 0 both orders are at the same theta and theta'; then they differ.
     for name, same in [("difference", 1), ("vanilla_loss_adapted", 1), ("grad_norm", 0)]:
         first, exact = (log[0][name] for log in logs)
         assert (first == pytest.approx(exact, rel=1e-4)) == same
 
 
 def loop(policy: str, reward_model: str, pairs: str, out) -> None:
-    """PPO. Its first rollouts are the reference's, with the reward model's own scores."""
+    """PPO. Its first rollouts are the reference's; their scores are the reward model's own."""
     options = f"--prompts {pairs} {PPO_STEPS} --max_new_tokens 6 --out {out}"
     run(ppo, f"ppo --model {policy} --reward_model {reward_model} {options}")
-    log, [first, *_] = (data.read_jsonl(out / f"{name}.jsonl") for name in ("log", "rollouts"))
+    log, [*_, last] = (data.read_jsonl(out / f"{name}.jsonl") for name in ("log", "rollouts"))
     assert abs(log[0]["objective/kl"]) < 1e-4 < abs(log[1]["objective/kl"])
-    texts = [text for texts in first["responses"] for text in texts]
-    prompts = [x for x, ys in zip(first["prompts"], first["responses"], strict=True) for _ in ys]
+    texts = [text for texts in last["responses"] for text in texts]
+    prompts = [x for x, ys in zip(last["prompts"], last["responses"], strict=True) for _ in ys]
     want = rm.score(*rm.load_reward_model(reward_model), prompts, texts).tolist()
-    assert sum(first["scores"], []) == pytest.approx(want, abs=1e-5)
+    assert sum(last["scores"], []) == pytest.approx(want, abs=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_all_stages(pairs, tmp_path, architecture, monkeypatch):
-    monkeypatch.setattr("conftest.ARCHITECTURES", ARCHITECTURES)
-    w, tied = tmp_path, architecture in TIED
+@pytest.mark.parametrize("architecture", TOKENIZERS)
+def test_all_stages(tmp_path, architecture):
+    w, tied, pairs = tmp_path, architecture in TIED, write_rows(tmp_path / "pairs.jsonl", PAIRS)
     base = make_policy(w / "base", architecture, **TOKENIZERS[architecture])
     run(ppo, f"sft --model {base} --data {pairs} {STEPS} --out {w}/sft")
     check_policy(base, f"{w}/sft", tied)
-
     run(ppo, f"sample --model {w}/sft --prompts {pairs} --k 2 --max_new_tokens 6 --out {w}/meta")
     asked = [row["prompt"] for row in data.read_meta(w / "meta/samples.jsonl")]
     assert asked == [pair["prompt"] for pair in PAIRS]
-
     run(ppo, f"dpo --model {w}/sft --data {pairs} {STEPS} --out {w}/dpo")
     check_policy(f"{w}/sft", f"{w}/dpo", tied)
     log = data.read_jsonl(w / "dpo/log.jsonl")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-
     reward_models(f"{w}/sft", f"{w}/meta/samples.jsonl", pairs, w)
     loop(f"{w}/sft", f"{w}/first", pairs, w / "policy")
     check_policy(f"{w}/sft", f"{w}/policy", tied)
@@ -191,9 +148,9 @@ def test_all_stages_on_a_gpu(tmp_path, monkeypatch):
     assert abs(cuda["objective/kl"]) < 0.05  # of a policy against itself, in bf16
 
 
-def test_an_encoder_is_a_reward_model_of_a_decoder(pairs, tmp_path):
-    """BERT through rm.py and metarm.py, then for a Llama that has other tokens."""
+def test_an_encoder_is_a_reward_model_of_a_decoder(tmp_path):
     w, tokenizer = tmp_path, make_tokenizer(encoder=True, eos="[SEP]")
+    pairs = write_rows(w / "pairs.jsonl", PAIRS)
     config = transformers.BertConfig(vocab_size=len(tokenizer), **SMALL)
     bert = save(w / "bert", "AutoModelForMaskedLM", config, tokenizer)
     policy = make_policy(w / "policy", padding_side="left")

@@ -8,15 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {"metarm.py": 285, "rm.py": 345, "ppo.py": 440, "data.py": 490, "eval.py": 415}
+CODE = {"metarm.py": 285, "rm.py": 345, "ppo.py": 440, "data.py": 490, "eval.py": 415}  # <= 1980
 CODE_PER_COMMENT = {"metarm.py": 4, "rm.py": 4, "ppo.py": 4, "data.py": 7, "eval.py": 7}
-LINES = {
-    "run.sh": 185,
-    "tests/*.py tests/*.sh": 3600,
-    "docs/**/*.py": 2200,
-    "docs/study/*.py": 1250,
-    "docs/by_hand.py": 70,
-}
+LINES = {"run.sh": 185, "tests/*.py tests/*.sh": 3600, "docs/**/*.py": 2200}
+LINES |= {"docs/study/*.py": 1250, "docs/by_hand.py": 70}
 
 
 def text_of(path) -> str:
@@ -39,11 +34,7 @@ def is_option(node) -> bool:
 
 
 def count(source: str) -> tuple[int, int, int]:
-    """(lines of code, those of them that list options, comments).
-
-    Blank lines, docstrings and comments are no code. A comment stands beside code, or has lines of
-    its own, of which each counts.
-    """
+    """(lines of code, those of them that list options, comments, beside code or by the line)."""
     nodes = [*ast.walk(ast.parse(source))]
     lines = enumerate(map(str.strip, source.splitlines()), 1)
     code = {i for i, line in lines if line and not line.startswith("#")}
@@ -66,10 +57,6 @@ def test_lines_of_code_and_comments(name):
     assert code - options <= CODE_PER_COMMENT[name] * comments
 
 
-def test_lines_of_code_in_all():
-    assert sum(count(text_of(name))[0] for name in CODE) <= 1980
-
-
 @pytest.mark.parametrize("patterns", LINES)
 def test_lines_in_all(patterns):
     files = [path for pattern in patterns.split() for path in ROOT.glob(pattern)]
@@ -82,5 +69,4 @@ def test_width_of_run_sh():
 
 
 def test_words_of_the_readme():
-    words = len(text_of("README.md").split())
-    assert words <= 1600
+    assert len(text_of("README.md").split()) <= 1600

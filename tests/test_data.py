@@ -1,7 +1,4 @@
-"""data.py: the gold rules, the world, the labels, files in many forms, folders, commands.
-
-Missing files and keys, and folders that are taken: test_mistakes.py.
-"""
+"""data.py: the gold rules, the world, the labels, files in many forms, folders, commands."""
 
 import errno
 import gzip
@@ -12,6 +9,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -179,23 +177,15 @@ HUMAN, TURN = "\n\nHuman: Why", "\n\nHuman: Why\n\nAssistant:"
 WHY, SYSTEM = {"role": "user", "content": "Why"}, {"role": "system", "content": "Be kind."}
 SO, NO = ({"role": "assistant", "content": text} for text in ("So.", "No."))
 
+# Split; HH-RLHF transcripts; TRL's message lists. The prompt, again, is taken off.
+TURN_SO, TURN_NO = TURN + " So.", TURN + " No."
+FORMS = [(TURN, " So.", " No."), (None, TURN_SO, TURN_NO), ([WHY], [SO], [NO])]
+FORMS += [(None, [WHY, SO], [WHY, NO]), (TURN, TURN_SO, TURN_NO), ([WHY], [WHY, SO], [WHY, NO])]
+FORMS += [(TURN, TURN_SO.strip(), TURN_NO.strip()), (TURN, [WHY, SO], [WHY, NO])]
+FORMS += [("Why", [WHY, SO], [WHY, NO]), ("Why", TURN_SO, TURN_NO), (HUMAN, TURN_SO, TURN_NO)]
 
-@pytest.mark.parametrize(
-    "prompt, chosen, rejected",
-    [
-        (TURN, " So.", " No."),
-        (None, TURN + " So.", TURN + " No."),  # HH-RLHF transcripts
-        ([WHY], [SO], [NO]),  # TRL's message lists
-        (None, [WHY, SO], [WHY, NO]),
-        (TURN, TURN + " So.", TURN + " No."),  # the prompt, again: taken off
-        (TURN, TURN.strip() + " So.", TURN.strip() + " No."),
-        ([WHY], [WHY, SO], [WHY, NO]),
-        ("Why", [WHY, SO], [WHY, NO]),  # as UltraFeedback has it
-        (TURN, [WHY, SO], [WHY, NO]),
-        ("Why", TURN + " So.", TURN + " No."),
-        (HUMAN, TURN + " So.", TURN + " No."),
-    ],
-)
+
+@pytest.mark.parametrize("prompt, chosen, rejected", FORMS)
 def test_preferences_in_all_forms(tmp_path, capsys, prompt, chosen, rejected):
     row = {"chosen": chosen, "rejected": rejected} | ({"prompt": prompt} if prompt else {})
     file = put(tmp_path / "a.jsonl", row)
@@ -239,20 +229,16 @@ def test_meta_and_prompts(tmp_path, capsys):
 
 
 def test_message_lists_are_read_alike(tmp_path):
-    """Prompts and S, as those of a pair of D: system and all turns, and what is to be said next."""
-    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    said = [[{"role": "assistant", "content": text}] for text in ("So.", "")]
+    prompt, said = [SYSTEM, WHY], [[SO], [SO | {"content": ""}]]
     pairs = put(tmp_path / "d.jsonl", {"prompt": prompt, "chosen": said[0], "rejected": said[1]})
     [pair] = data.read_preferences(pairs)
-    assert pair["prompt"] == "\n\nSystem: Be brief.\n\nHuman: Why?\n\nAssistant:"
+    assert pair["prompt"] == "\n\nSystem: Be kind.\n\nHuman: Why\n\nAssistant:"
     assert data.read_prompts(pairs) == [pair["prompt"]]
     file = put(tmp_path / "s.jsonl", {"prompt": prompt, "responses": said})
     assert data.read_meta(file) == [{"prompt": pair["prompt"], "responses": [" So.", ""]}]
     whole = [[*prompt, *turns] for turns in said]  # the conversation beside its prompt
-    assert (
-        data.read_meta(put(file, {"prompt": prompt, "responses": whole}))[0]["responses"][0]
-        == " So."
-    )
+    [read] = data.read_meta(put(file, {"prompt": prompt, "responses": whole}))
+    assert read["responses"][0] == " So."
     texts = put(file, {"prompt": prompt, "responses": [" a", " b"]})
     assert data.read_meta(texts) == [{"prompt": pair["prompt"], "responses": [" a", " b"]}]
     for bad in ([], [{"role": "tool", "content": "x"}], [3]):
@@ -330,9 +316,7 @@ def test_output_folder_is_whole_or_absent(tmp_path):
 
 
 def test_a_mount_point_is_refused_and_the_checkpoint_outlives_the_renaming(tmp_path, monkeypatch):
-    def busy(*paths):
-        raise OSError(errno.EBUSY, "Device or resource busy")
-
+    busy = mock.Mock(side_effect=OSError(errno.EBUSY, "Device or resource busy"))
     out = tmp_path / "out"
     with pytest.raises(OSError), data.output_folder(out) as work:
         put(work / "checkpoint.pt", raw=b"the last step")
@@ -398,10 +382,6 @@ def test_command(capsys):
         assert status == 2 and out == "" and ": error: " in told
     assert call("sft --out o", data.Mistake("one\n  two")) == (2, "", "x.py: error: one two\n")
     assert call("sft --out o", KeyboardInterrupt())[0] == 130
-    full = Exception(
-        "Error while serializing: No space left on device (os error 28)"
-    )  # safetensors'
-    assert "disk of o is full" in call("sft --out o", full)[2]
     assert "disk of /d/f is full" in call("sft --out o", OSError(28, "No space left", "/d/f"))[2]
     for bug in (ValueError(), OSError(2, "No such file", "/d/f")):  # a bug keeps its traceback
         with pytest.raises(type(bug)):
@@ -417,7 +397,6 @@ def test_a_terminal_that_is_not_utf_8(monkeypatch):
 
 
 def run(tmp_path, name, command, **options):
-    """The exit status of data.py with --out tmp_path/name and these options."""
     options = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
     return data.main([command, "--out", str(tmp_path / name), *options])
 

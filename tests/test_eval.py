@@ -25,7 +25,6 @@ def random_set(seed=0, m=40, k=5, noise=1.0):
 
 
 def pairs_of(rewards, gold):
-    """(reward gap, gold gap) of all pairs of responses to one prompt."""
     for r, g in zip(rewards, gold, strict=True):
         for i, j in itertools.combinations(range(len(r)), 2):
             yield r[i] - r[j], g[i] - g[j]
@@ -47,9 +46,8 @@ def test_matched_accuracy_is_the_plain_loop():
     first[1][3] = 2.0  # gold ties are in no bin, not even in the one that begins at 0
     edges, bins = [0.0, 0.5, 1.0, 2.0, 9.0], []
     for low, high in itertools.pairwise(edges):
-        inside = [
-            [p for p in pairs_of(*x) if p[1] and low <= abs(p[1]) < high] for x in (first, second)
-        ]
+        both = [[*pairs_of(*x)] for x in (first, second)]
+        inside = [[p for p in some if p[1] and low <= abs(p[1]) < high] for some in both]
         if min(map(len, inside)) >= minimum:
             bins.append([(len(x), np.mean([(r > 0) == (g > 0) for r, g in x])) for x in inside])
     total = sum(a[0] for a, _ in bins)
@@ -116,9 +114,6 @@ def test_bleu_is_the_plain_loop_and_diversity():
     assert report.self_bleu(groups) == pytest.approx(np.mean(each))
 
 
-# ------------------------------------------------------------------------ figures of made-up runs
-
-
 def made_up(m=300, k=4, gold_at_the_end=0.15, pairs=400):
     """RM0 sees gold in SFT's samples but hardly in PPO's, which it rates alike; MetaRM sees it."""
     rng = np.random.default_rng(0)
@@ -169,7 +164,6 @@ def test_a_healthy_rm():
 
 
 def test_what_cannot_be_told():
-    """One round only; and all of PPO's gold rewards are tied."""
     prompts, *seen = made_up()
     responses, scores = ({x: y for x, y in part.items() if "ppo-2" not in x} for part in seen[:2])
     scores["gold", "ppo-1", "test"] = np.ones((300, 4))
@@ -181,8 +175,6 @@ def test_what_cannot_be_told():
     found = report.rounded({"a": [np.float64("nan"), math.inf, 2 / 3], "b": [None, "x", True, 7]})
     assert json.dumps(found) == '{"a": [null, null, 0.666667], "b": [null, "x", true, 7]}'
 
-
-# -------------------------------------------------------------------------------- the whole command
 
 PROMPTS = {"test": data.all_prompts(data.SHOP_PROBLEMS)[:24]}
 PROMPTS["ood"] = data.all_prompts(data.OOD_PROBLEMS)[:2]
@@ -201,9 +193,7 @@ class Fake(str):
 
 @pytest.fixture
 def fake_run(tmp_path, monkeypatch):
-    """A run folder without models: "policies" say random words, "RMs" count letters.
-
-    Returns it, and a list of whoever is asked to sample."""
+    """A run folder, and whoever is asked to sample: "policies" babble, "RMs" count letters."""
     run, calls = tmp_path / "toy", []
     policies = ["sft", "dpo", *(f"{arm}-{r}/policy" for arm in report.COLOURS for r in (1, 2))]
     models = ["rm0", "oracle/rm", "metarm-2/adapted", "judge/rm"]
@@ -226,20 +216,14 @@ def fake_run(tmp_path, monkeypatch):
         row["responses"] = [[text_of(f"{i}{j}") for j in range(2)] for i in range(2)]
         write_rows(run / name / "rollouts.jsonl", [row, row | {"kl": 1.0}])
 
-    def load(path):
-        return Fake("/".join(Path(path).parts[-2:])), None
-
     def sample_responses(model, tokenizer, prompts, k, seed, **options):
         calls.append(model)
         return [[text_of(f"{model}{x}{i}{seed}", 12) for i in range(k)] for x in prompts]
 
-    def score(model, tokenizer, prompts, responses):
-        return torch.tensor([float(len(text)) for text in responses])
-
-    monkeypatch.setattr(ppo, "load_policy", load)
-    monkeypatch.setattr(rm, "load_reward_model", load)
+    monkeypatch.setattr(ppo, "load_policy", lambda x: (Fake("/".join(Path(x).parts[-2:])), None))
+    monkeypatch.setattr(rm, "load_reward_model", ppo.load_policy)
     monkeypatch.setattr(ppo, "sample_responses", sample_responses)
-    monkeypatch.setattr(rm, "score", score)
+    monkeypatch.setattr(rm, "score", lambda *x: torch.tensor([float(len(text)) for text in x[3]]))
     monkeypatch.setattr(report, "kl_to", lambda *arguments: 1.5)
     return run, calls
 
@@ -314,7 +298,6 @@ def test_a_judge_in_the_place_of_gold(fake_run, monkeypatch):
 
 
 def refused(capsys, *argv, words):
-    """One line on stderr, with these words in it, and the status of a mistake."""
     assert report.main([str(option) for option in argv]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "error: " in error and all(str(word) in error for word in words), error
@@ -324,6 +307,7 @@ def test_a_shortened_run_and_missing_parts(fake_run, tmp_path, capsys):
     run, _ = fake_run
     for name in ("dpo", "oracle", "ppo-2", "reseeded-1", "reseeded-2", "metarm-1", "metarm-2/rm"):
         shutil.rmtree(run / name)
+    refused(capsys, words=["--run"])
     refused(capsys, "--run", run, words=["metarm-2", "run.sh"])  # a policy whose RM is gone
     shutil.rmtree(run / "metarm-2")
     (run / "ppo-1" / "policy" / "rollouts.jsonl").unlink()
@@ -363,7 +347,6 @@ def test_an_rm_judges_two_policies(fake_run, tmp_path, capsys):
     argv = ["--judge", f"{judge}", "--prompts", f"{prompts}", "--out"]
     assert report.main(["--policies", f"{run}/sft,{run}/dpo", *argv, f"{tmp_path}/ab"]) == 0
     [found] = data.read_jsonl(tmp_path / "ab" / "results.json")
-    # Again from the kept samples, by hand: the fake RM counts letters.
     for letter, name in (("A", "sft"), ("B", "dpo")):
         groups = [row["responses"] for row in data.read_jsonl(tmp_path / f"ab/{letter}.jsonl")[1:]]
         rewards.append([[len(text) for text in group] for group in groups])
@@ -378,7 +361,6 @@ def test_an_rm_judges_two_policies(fake_run, tmp_path, capsys):
 
 
 def test_kl_is_the_plain_loop(tmp_path):
-    """Text by text and token by token, without padding or batches."""
     policy, tokenizer = ppo.load_policy(make_policy(tmp_path / "a", seed=1))
     reference, _ = ppo.load_policy(make_policy(tmp_path / "b", seed=2))
     prompts, longest = ["Human: my phone", "help"], 5
@@ -405,7 +387,6 @@ def test_answers_keep_a_dialogue_and_each_question_once(tmp_path):
     prompts = ["\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Help\n\nAssistant:", "Q", "Q"]
     report.write_answers(tmp_path / "x.json", "sft", prompts, [[" a "], ["b"], ["b"]])
     answers = json.loads((tmp_path / "x.json").read_text())
-    assert answers == [
-        {"instruction": "Hi\n\nAssistant: Yes?\n\nHuman: Help", "output": "a", "generator": "sft"},
-        {"instruction": "Q", "output": "b", "generator": "sft"},
-    ]
+    want = [["Hi\n\nAssistant: Yes?\n\nHuman: Help", "a", "sft"], ["Q", "b", "sft"]]
+    assert [list(answer.values()) for answer in answers] == want
+    assert list(answers[0]) == ["instruction", "output", "generator"]

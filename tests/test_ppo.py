@@ -5,20 +5,11 @@ import math
 import re
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 import transformers
-from conftest import (
-    ARCHITECTURES,
-    GEMMA,
-    SMALL,
-    make_pairs,
-    make_policy,
-    make_tokenizer,
-    save,
-    write_rows,
-)
-from safetensors.torch import load_file, save_file
+from conftest import ARCHITECTURES, make_policy, make_tokenizer, save, write_rows
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import data
@@ -30,14 +21,12 @@ LENGTHS = [5, 3, 1, 0]
 
 @pytest.fixture
 def ragged():
-    """b = 4 responses of 5, 3, 1 and 0 tokens, float64, with NaN off the mask."""
     g = torch.Generator().manual_seed(0)
     mask = torch.tensor([[1] * n + [0] * (5 - n) for n in LENGTHS])
     tensors = [torch.randn(4, 5, generator=g, dtype=torch.float64) for _ in range(2)]
     return mask, [torch.where(mask.bool(), x, math.nan) for x in tensors]
 
 
-# --------------------------------------------------------------------------------- the mathematics
 @pytest.mark.parametrize("gamma, lam", [(0.9, 0.8), (1.0, 1.0)])
 def test_rewards_and_gae_against_their_definitions(ragged, gamma, lam):
     mask, (x, y) = ragged
@@ -50,7 +39,6 @@ def test_rewards_and_gae_against_their_definitions(ragged, gamma, lam):
         assert rewards[i].tolist() == pytest.approx(want + [0.0] * (5 - length), abs=1e-12)
         r, v = x[i, :length].tolist(), y[i, :length].tolist() + [0.0]
         deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
-        # The definition: a sum over all later deltas, not a recursion.
         sums = [sum((gamma * lam) ** s * d for s, d in enumerate(deltas[t:])) for t in range(5)]
         assert advantages[i].tolist() == pytest.approx(sums, abs=1e-12)
         want = [sums[t] + v[t] if t < length else 0.0 for t in range(5)]
@@ -101,7 +89,6 @@ def test_wrong_shapes_are_value_errors():
             function(*arguments)
 
 
-# ------------------------------------------------------------------ log-probabilities and sampling
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_do_not_depend_on_padding_or_company(tmp_path, architecture):
     """In a padded batch, with and without reading shared prompts once: each row's own answers."""
@@ -109,7 +96,7 @@ def test_rows_do_not_depend_on_padding_or_company(tmp_path, architecture):
     critic = ppo.Critic(policy)
     assert policy.shares_prompts and critic.trunk.shares_prompts
     torch.nn.init.normal_(critic.head.weight)
-    prompts = ["my phone", "where is the parcel of my boss", "a"]
+    prompts = ["my phone", "where is the parcel of my boss", "a", "b"]
     responses = [" Sorry", "", " we refund it today", " a b"]
     rows = [rm.encode(tokenizer, x, y) for y in responses for x in prompts]
     batch, results = ppo.policy_batch(tokenizer, rows), []
@@ -125,43 +112,21 @@ def test_rows_do_not_depend_on_padding_or_company(tmp_path, architecture):
     for plain, shared in zip(*results, strict=True):
         atol = 1e-4 * max(1, plain.abs().max().item())
         torch.testing.assert_close(shared, plain, rtol=1e-4, atol=atol)
-    # Each row alone, unpadded, through the bare model.
+    short = [i for i, (prompt, _) in enumerate(rows) if len(prompt) == 1]
+    got = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, [rows[i] for i in short]), 0.7)
+    torch.testing.assert_close(got, results[0][0][short], rtol=1e-4, atol=1e-4)
+    assert len(short) == 8  # of these, nothing is left of a prompt before its last token
     for (a, b), got in zip(rows, results[0][0], strict=True):
         logits = policy(torch.tensor([a + b])).logits[0].float() / 0.7
         alone = logits.log_softmax(-1)[range(len(a) - 1, len(a + b) - 1), b]
         assert torch.allclose(got[: len(b)], alone, atol=1e-4) and (got[len(b) :] == 0).all()
 
 
-def test_sampling_follows_the_models_own_probabilities(policy_folder):
-    """First tokens of 4,000 samples against softmax(logits / 0.7)."""
-    model, tokenizer = ppo.load_policy(policy_folder)
-    ids = rm.encode(tokenizer, "Human: my phone is broken", "")[0]
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.lm_head.weight *= 12  # a peaked distribution is told apart with fewer samples
-        rows = ppo.generate(model, tokenizer, [ids] * 4000, 1, 0.7)
-        want = (model(torch.tensor([ids])).logits[0, -1] / 0.7).softmax(-1)
-    drawn = torch.tensor([row[0] for row in rows])
-    shares = torch.bincount(drawn, minlength=model.config.vocab_size) / 4000
-    assert 0.5 * (shares - want).abs().sum() < 0.15 and (shares - want).abs().max() < 0.03
-
-
-GENERATORS = {  # all can go on from a cache, but Mamba: it is given all tokens again
-    "llama": ARCHITECTURES["llama"],
-    "mistral": lambda v: transformers.MistralConfig(
-        vocab_size=v, num_key_value_heads=2, sliding_window=8, **SMALL
-    ),
-    "mamba": lambda v: transformers.MambaConfig(vocab_size=v, hidden_size=32, num_hidden_layers=2),
-}
-
-
-@pytest.mark.parametrize("architecture", GENERATORS)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "mamba"])
 def test_generate_says_what_transformers_says(tmp_path, architecture):
     """At a temperature near 0, row by row. Rows that end leave the batch; a prompt is read once."""
-    tokenizer = make_tokenizer()
-    config = GENERATORS[architecture](len(tokenizer))
-    model, tokenizer = ppo.load_policy(save(tmp_path, "AutoModelForCausalLM", config, tokenizer))
-    assert model.can_cache == (architecture != "mamba")
+    model, tokenizer = ppo.load_policy(make_policy(tmp_path, architecture))
+    assert model.can_cache == (architecture != "mamba")  # it is given all tokens again
     for p in model.parameters():
         p.data *= 4  # else one token is said again and again
     prompts = ["Human: help", "Human: my phone is broken, please help. it is late", "Human: help"]
@@ -181,18 +146,7 @@ def test_generate_says_what_transformers_says(tmp_path, architecture):
             assert response == whole[0, row.shape[1] :].tolist()
 
 
-def test_prompts_of_one_token(policy_folder):
-    """Without a BOS: nothing is left of the prompt before its last token."""
-    policy, tokenizer = ppo.load_policy(policy_folder)
-    rows = [([prompt], [5, 6, 7][:n]) for prompt in (3, 4) for n in (3, 2)] + [([8, 9, 3], [5])]
-    for some in (rows[:4], rows):
-        together = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, some))
-        for row, got in zip(some, together, strict=True):
-            alone = ppo.response_logprobs(policy, ppo.policy_batch(tokenizer, [row]))[0]
-            assert torch.allclose(got[: len(alone)], alone, atol=1e-5)
-
-
-def test_sample_tokens_against_the_distribution():
+def test_sample_tokens_against_the_distribution(policy_folder):
     probabilities = torch.tensor([0.5, 0.04, 0.3, 0.16])
     torch.manual_seed(0)
     for top_p, want in ((1.0, [0.5, 0.04, 0.3, 0.16]), (0.7, [0.625, 0, 0.375, 0])):
@@ -203,9 +157,6 @@ def test_sample_tokens_against_the_distribution():
     for top_p in (1.0, 0.7):  # a row of NaN is told from the others
         tokens = ppo.sample_tokens(torch.tensor([[0.0, -99.0], [0.0, math.nan]]), top_p)
         assert tokens.tolist() == [[0], [-1]]
-
-
-def test_generate_refuses_nan(policy_folder):
     model, tokenizer = ppo.load_policy(policy_folder)
     model.lm_head.weight.data[7, 0] = math.nan
     with pytest.raises(data.Mistake, match="NaN.*lower the --lr"):
@@ -249,7 +200,6 @@ def test_the_models_generation_settings_are_saved_and_only_its_ends_are_used(tmp
     assert any(len(row) < 3 for row in said)  # min_new_tokens would leave none
     assert {token for row in said for token in row} & set(range(1, 300))
     assert {row[-1] for row in said} >= ends and not any(set(row[:-1]) & ends for row in said)
-    # The text is what stands before the end, and the mask ends there.
     spoken = [row[:-1] if row[-1] in ends else row for row in said]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in spoken]
     assert ppo.response_texts(model, tokenizer, prompts, said) == texts
@@ -262,7 +212,6 @@ def test_the_models_generation_settings_are_saved_and_only_its_ends_are_used(tmp
 
 @pytest.mark.parametrize("own, after", [(None, 0), (0, 0), (300, [0, 300])])
 def test_a_trained_policy_stops_in_plain_transformers(tmp_path, own, after):
-    """Also where the model that we started from named no EOS at all, or only another."""
     folder = with_settings(tmp_path / "m", do_sample=True, top_p=0.9, eos_token_id=own)
     rows = [{"prompt": f"Human: {i}", "response": ""} for i in range(8)]
     argv = f"sft --model {folder} --data {write_rows(tmp_path / 'rows.jsonl', rows)}"
@@ -296,9 +245,7 @@ def test_the_text_of_a_response_keeps_its_leading_space(policy_folder):
         assert ppo.response_texts(model, tokenizer, *zip(*rows, strict=True)) == texts
 
 
-# --------------------------------------------------------------------------- what is a policy here
 def test_logits_and_values(policy_folder):
-    """Float32 under autocast; values start at 0 and see only the past."""
     model, tokenizer = ppo.load_policy(policy_folder)
     critic = ppo.Critic(model)
     texts = (" Sorry, we refund", " Sorry, we will")
@@ -322,7 +269,6 @@ def test_logits_and_values(policy_folder):
 
 
 def test_what_is_no_policy_is_refused(tmp_path):
-    """Padding changes it; it sees tokens to come; it has a weight that would be dropped."""
     tokenizer = make_tokenizer()
     config = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
     recurrent = transformers.RwkvConfig(**config, attention_hidden_size=32, context_length=64)
@@ -333,99 +279,71 @@ def test_what_is_no_policy_is_refused(tmp_path):
     for name in ("score.weight", "v_head.summary.weight", "extra"):
         for architecture in ("llama", "llama-tied"):
             folder = make_policy(tmp_path / f"{architecture}-{name}", architecture)
-            weights = load_file(f"{folder}/model.safetensors") | {name: torch.zeros(1, 32)}
-            save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+            conftest.change_weights(folder, lambda w, name=name: w | {name: torch.zeros(1, 32)})
             refused.append((folder, f"{folder}.*{name}"))
     for folder, words in refused:
         with pytest.raises(data.Mistake, match=words):
             ppo.load_policy(folder)
 
 
-# ------------------------------------------------------------------------------------- the command
-
-LOOP = "--reward_model WORLD/rm --prompts WORLD/pairs.jsonl --steps 3 --batch_size 16"
+LOOP = "--reward_model TOY/rm --prompts TOY/pairs.jsonl --steps 3 --batch_size 16"
 LOOP += " --minibatch_size 8 --max_new_tokens 8 --scale_prompts 8 --lr 1e-3 --critic_lr 1e-3"
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A policy, pairs, and a reward model with ANOTHER tokenizer (it is given text)."""
-    root = tmp_path_factory.mktemp("world")
-    make_policy(root / "policy")
-    base = make_policy(root / "base", "gpt2", bos="<bos>", pad=None)
-    write_rows(root / "pairs.jsonl", make_pairs(40))
-    write_rows(root / "empty.jsonl", [{"prompt": x, "response": "a"} for x in ("Human:", "")])
-    argv = f"--model {base} --data {root}/pairs.jsonl --out {root}/rm --lr 1e-3 --batch_size 8"
-    assert rm.main([*argv.split(), "--epochs", "4"]) == 0
-    return root
+def run(command: str, toy) -> int:
+    return ppo.main(command.replace("TOY", str(toy)).split())
 
 
-def run(command: str, world) -> int:
-    return ppo.main(command.replace("WORLD", str(world)).split())
-
-
-def weights_of(folder):
-    return load_file(f"{folder}/model.safetensors")
-
-
-def test_sft_and_ppo_write_what_happened(world, tmp_path):
-    """tests/test_architectures.py goes through all modes; here is what their files say."""
-    sft = "sft --model WORLD/policy --data WORLD/pairs.jsonl --lr 1e-3 --batch_size 8 --epochs 3"
-    assert run(f"{sft} --out {tmp_path}/sft", world) == 0
-    assert run(f"ppo --model {tmp_path}/sft {LOOP} --out {tmp_path}/ppo", world) == 0
+def test_sft_and_ppo_write_what_happened(toy, tmp_path, monkeypatch):
+    sft = "sft --model TOY/policy --data TOY/pairs.jsonl --lr 1e-3 --batch_size 8 --epochs 3"
+    assert run(f"{sft} --out {tmp_path}/sft", toy) == 0
     losses = [row["loss"] for row in data.read_jsonl(tmp_path / "sft/log.jsonl")]
     assert losses[0] == pytest.approx(math.log(359), rel=0.1) and losses[-1] < losses[0] - 0.5
+    for function in (ppo.rollout, ppo.update):  # they get the settings that their docstrings name
+        named = re.search(r"has the numbers ([a-z_,\s]+)", function.__doc__)[1]
+        named = named.replace(",", " ").split()
+
+        def call(*arguments, function=function, named=named):
+            *others, args = arguments
+            return function(*others, SimpleNamespace(**{x: getattr(args, x) for x in named}))
+
+        monkeypatch.setattr(ppo, function.__name__, call)
+    assert run(f"ppo --model {tmp_path}/sft {LOOP} --out {tmp_path}/ppo", toy) == 0
     log = data.read_jsonl(tmp_path / "ppo/log.jsonl")
-    kl = [row["objective/kl"] for row in log]
-    assert len(log) == 3 and abs(kl[0]) < 1e-4 < abs(kl[2])
-    assert all(map(math.isfinite, log[2].values())) and len(log[2]) == 13
-    rollouts = data.read_jsonl(tmp_path / "ppo/rollouts.jsonl")
-    prompts = data.read_prompts(world / "pairs.jsonl")
-    assert set(rollouts[0]["prompts"]) <= set(prompts[8:])  # the first 8 only scale the reward
-    # What is written are the RM's own scores of these texts, response by response.
-    judge = rm.load_reward_model(f"{world}/rm")
-    for step in rollouts:
-        for prompt, said, scores in zip(*(step[k] for k in list(step)[2:]), strict=True):
-            want = rm.score(*judge, [prompt] * 4, said)
-            assert scores == pytest.approx(want.tolist(), abs=1e-5)
+    assert len(log) == 3 and all(map(math.isfinite, log[2].values())) and len(log[2]) == 13
+    asked = data.read_jsonl(tmp_path / "ppo/rollouts.jsonl")[0]["prompts"]
+    prompts = data.read_prompts(toy / "pairs.jsonl")
+    assert set(asked) <= set(prompts[8:])  # the first 8 only scale the reward
 
 
 @pytest.mark.parametrize("mode", ["sft", "dpo", "ppo"])
-def test_reproducible_and_micro_batches_change_nothing(world, tmp_path, mode):
+def test_micro_batches_change_nothing(toy, tmp_path, mode):
     """SFT's responses are of unequal length: a mean over the micro-batches' means would show."""
     rows = [{"prompt": f"Human: {i}", "chosen": " a" * 4 ** (i % 3)} for i in range(16)]
     rows = write_rows(tmp_path / "rows.jsonl", [{**row, "rejected": " no"} for row in rows])
     options = LOOP if mode == "ppo" else f"--data {rows} --lr 1e-3 --batch_size 8"
     logs, weights = [], []
-    for name, micro in (("a", 16), ("b", 16), ("c", 3)):
-        command = f"{mode} --model WORLD/policy {options} --micro_batch_size {micro}"
-        assert run(f"{command} --out {tmp_path}/{name}", world) == 0
-        weights.append(weights_of(tmp_path / name))
-        logs.append(data.read_jsonl(tmp_path / name / "log.jsonl"))
-    a, b, c = weights
-    assert all(torch.equal(a[name], b[name]) for name in a) and logs[0] == logs[1]
-    assert all(torch.allclose(a[name], c[name], atol=2e-4) for name in a)
-    for row, other in zip(logs[0], logs[2], strict=True):
+    for micro in (16, 3):
+        command = f"{mode} --model TOY/policy {options} --micro_batch_size {micro}"
+        assert run(f"{command} --out {tmp_path}/{micro}", toy) == 0
+        weights.append(conftest.weights_of(tmp_path / f"{micro}"))
+        logs.append(data.read_jsonl(tmp_path / f"{micro}/log.jsonl"))
+    assert all(torch.allclose(x, weights[1][name], atol=2e-4) for name, x in weights[0].items())
+    for row, other in zip(*logs, strict=True):
         assert row == pytest.approx(other, rel=1e-2, abs=2e-3)
 
 
-def test_ppo_raises_the_reward(world, tmp_path, monkeypatch):
-    """Rewarded for being short (a stand-in RM), the policy gets shorter."""
-
-    def score(model, tokenizer, prompts, responses, batch_size=64):
-        return -torch.tensor([float(len(response)) for response in responses])
-
-    monkeypatch.setattr(rm, "score", score)
+def test_ppo_raises_the_reward(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(rm, "score", lambda *x, **_: -torch.tensor([float(len(y)) for y in x[3]]))
     options = "--steps 20 --batch_size 32 --minibatch_size 16 --max_new_tokens 12 --lr 4e-3"
     options += " --critic_lr 4e-3 --missing_eos_penalty 0 --kl_coef 0"
-    assert run(f"ppo --model WORLD/policy {LOOP} {options} --out {tmp_path}/short", world) == 0
+    assert run(f"ppo --model TOY/policy {LOOP} {options} --out {tmp_path}/short", toy) == 0
     steps = data.read_jsonl(tmp_path / "short/rollouts.jsonl")
     first, last = (torch.tensor(steps[i]["scores"]).mean() for i in (0, -1))
     assert last > first + 5
 
 
-def test_no_step_on_a_gradient_that_is_not_finite(world, tmp_path, monkeypatch, capsys):
-    """exp(100) is inf in float32: the clipped loss is finite, its gradient NaN."""
+def test_no_step_on_a_gradient_that_is_not_finite(toy, tmp_path, monkeypatch, capsys):
     rollout, steps = ppo.rollout, []
 
     def far_away(*arguments):
@@ -436,94 +354,52 @@ def test_no_step_on_a_gradient_that_is_not_finite(world, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(ppo, "rollout", far_away)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: steps.append(1))
-    assert run(f"ppo --model WORLD/policy {LOOP} --out {tmp_path}/x", world) == 2
+    assert run(f"ppo --model TOY/policy {LOOP} --out {tmp_path}/x", toy) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "NaN ahead" in error and "lower --lr or --critic_lr" in error
     assert steps == [] and not list(tmp_path.glob("**/*.safetensors"))
 
 
-def test_settings_are_what_the_docstrings_name(world, tmp_path, monkeypatch):
-    """So who copies `rollout` and `update` knows what to bring."""
-    for function in (ppo.rollout, ppo.update):
-        named = re.search(r"has the numbers ([a-z_,\s]+)", function.__doc__)[1]
-        named = re.findall(r"\w+", named)
-
-        def call(*arguments, function=function, named=named):
-            *others, args = arguments
-            return function(*others, SimpleNamespace(**{x: getattr(args, x) for x in named}))
-
-        monkeypatch.setattr(ppo, function.__name__, call)
-    assert run(f"ppo --model WORLD/policy {LOOP} --steps 1 --out {tmp_path}/x", world) == 0
-
-
-def test_rewards_without_a_scale_are_refused(world, tmp_path, monkeypatch, capsys):
-    def score(model, tokenizer, prompts, responses, batch_size=64):
-        return 0.1 * torch.tensor([3.0 if i % 2 else 3.0000002 for i in range(len(prompts))])
-
-    monkeypatch.setattr(rm, "score", score)
-    assert run(f"ppo --model WORLD/policy {LOOP} --out {tmp_path}/x", world) == 2
+def test_rewards_without_a_scale_are_refused(toy, tmp_path, monkeypatch, capsys):
+    scores = 0.1 * torch.tensor([3.0, 3.0000002] * 16)
+    monkeypatch.setattr(rm, "score", lambda *x, **_: scores[: len(x[3])])
+    assert run(f"ppo --model TOY/policy {LOOP} --out {tmp_path}/x", toy) == 2
     error = capsys.readouterr().err
     assert re.search("--scale_prompts 8: all 32 .*one reward, 0.3; .*--temperature", error)
 
 
-def test_image_and_text_models(tmp_path, world):
-    """Gemma 3: the text model's settings are one level down; PPO reads text through all of it."""
-    tokenizer = make_tokenizer(bos="<bos>")
-    n = len(tokenizer)
-    text = {**GEMMA, "vocab_size": n + 3, "sliding_window": 8, "max_position_embeddings": 24}
-    text |= {"eos_token_id": tokenizer.eos_token_id}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    ids = {"image_token_index": n, "boi_token_index": n + 1, "eoi_token_index": n + 2}
-    ids |= {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4}
-    config = transformers.Gemma3Config(**ids)
-    folder = save(tmp_path / "m", "AutoModelForImageTextToText", config, tokenizer)
+def test_image_and_text_models(tmp_path, toy):
+    folder = conftest.make_image_and_text(tmp_path / "m", positions=24, bos="<bos>")
     argv = f"ppo --model {folder} {LOOP} --batch_size 8 --scale_prompts 4 --out {tmp_path}/ppo"
-    assert run(f"{argv} --max_new_tokens 20", world) == 2  # too few positions
-    assert run(f"{argv} --max_length 24 --max_new_tokens 4", world) == 0
-    before, after = weights_of(folder), weights_of(tmp_path / "ppo")
+    assert run(f"{argv} --max_new_tokens 20", toy) == 2  # too few positions
+    assert run(f"{argv} --max_length 24 --max_new_tokens 4", toy) == 0
+    before, after = conftest.weights_of(folder), conftest.weights_of(tmp_path / "ppo")
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 10 and not any("vision" in name for name in moved)
 
 
-def test_limits_of_all_models_are_checked_before_the_work(world, tmp_path, capsys):
-    """A long prompt among 41, for an RM of 45 positions: refused at once, by its row."""
+def test_limits_of_all_models_are_checked_before_the_work(toy, tmp_path, capsys):
     config = ARCHITECTURES["llama"](len(make_tokenizer()))
     config.max_position_embeddings, config.eos_token_id = 45, 0
     small = save(tmp_path / "45", "AutoModelForCausalLM", config, make_tokenizer())
-    make_rm = f"--model {small} --data {world}/pairs.jsonl --out {tmp_path}/rm --batch_size 8"
+    make_rm = f"--model {small} --data {toy}/pairs.jsonl --out {tmp_path}/rm --batch_size 8"
     assert rm.main(make_rm.split()) == 0
     prompts = [{"prompt": f"Human: {i}"} for i in range(41)]
     prompts[29] = {"prompt": "x" * 40}
     write_rows(tmp_path / "prompts.jsonl", prompts)
-    loop = f"ppo --model WORLD/policy {LOOP} --prompts {tmp_path}/prompts.jsonl --steps 1"
+    loop = f"ppo --model TOY/policy {LOOP} --prompts {tmp_path}/prompts.jsonl --steps 1"
     loop += f" --reward_model {tmp_path}/rm --out {tmp_path}/x"
-    assert run(loop, world) == 2 and not (tmp_path / "x.partial/log.jsonl").exists()
+    assert run(loop, toy) == 2 and not (tmp_path / "x.partial/log.jsonl").exists()
     err = capsys.readouterr().err
     assert "prompts.jsonl, row 30:" in err and "--max_length 45" in err
-    assert run(f"{loop} --max_length 45", world) == 0  # the advice works
+    assert run(f"{loop} --max_length 45", toy) == 0  # the advice works
     # A response that is cut off is read with an EOS by the RM: 45 tokens are not enough for 46.
     ids = rm.encode(make_tokenizer(), "Human: 0", "")[0]
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Human: 0"}] * 41)
     loop = loop.replace("/x", "/y") + f" --max_new_tokens {45 - len(ids)}"
-    assert run(loop, world) == 2 and "row 1:" in capsys.readouterr().err
-    assert run(f"{loop} --max_new_tokens {44 - len(ids)}", world) == 0
-    # The reference reads what the policy reads.
+    assert run(loop, toy) == 2 and "row 1:" in capsys.readouterr().err
+    assert run(f"{loop} --max_new_tokens {44 - len(ids)}", toy) == 0
     row = {"prompt": "x" * 50, "chosen": " Sorry", "rejected": ""}
-    fitting = f"dpo --model WORLD/policy --data {write_rows(tmp_path / 'd.jsonl', [row] * 4)}"
+    fitting = f"dpo --model TOY/policy --data {write_rows(tmp_path / 'd.jsonl', [row] * 4)}"
     fitting += f" --batch_size 2 --ref_policy {tmp_path}/45 --out {tmp_path}/z"
-    assert run(fitting, world) == 2 and "d.jsonl, row 1:" in capsys.readouterr().err
-
-
-def test_mistakes_get_one_line(world, tmp_path, capsys):
-    """Those of this file alone; tests/test_mistakes.py has the rest."""
-    for command, word in {
-        f"ppo {LOOP} --batch_size 200": "--scale_prompts 8 leaves 32",
-        "sample --prompts WORLD/pairs.jsonl --k 0": "--k 0",
-        "sample --prompts WORLD/pairs.jsonl --max_length 9": "0 of 40",
-        "sample --prompts WORLD/empty.jsonl": "empty.jsonl, row 2",
-        "sft --data WORLD/empty.jsonl --batch_size 1": "empty.jsonl, row 2",
-    }.items():
-        assert run(f"{command} --model WORLD/policy --out {tmp_path}/x", world) == 2
-        err = capsys.readouterr().err
-        assert word in err and "Traceback" not in err and not (tmp_path / "x").exists()
+    assert run(fitting, toy) == 2 and "d.jsonl, row 1:" in capsys.readouterr().err

@@ -6,11 +6,11 @@ import json
 import math
 from unittest import mock
 
+import conftest
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, GEMMA, SMALL, make_pairs, make_policy, make_tokenizer, save
-from safetensors.torch import load_file, save_file
+from conftest import ARCHITECTURES, SMALL, make_pairs, make_policy, make_tokenizer, save, write_rows
 
 import data
 import ppo
@@ -18,10 +18,10 @@ import rm
 
 LONG = "Human: the parcel is late and the invoice is wrong, please help"
 PROMPTS = ["Human: my phone is broken", "Human: help", LONG]
+SHAPES = [[(3,), (4,)], [(3, 1), (3, 1)], [(), ()], [(0,), (0,)], [(3,), (3,), (2,)]]
 RESPONSES = [" Sorry, we will send a new phone today.", "", " thank you"]
 
 
-# ------------------------------------------------------------------------------------------- Eq. 1
 def test_preference_loss_closed_form_and_extremes():
     chosen, rejected = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.5, 3.0])
     weights = torch.tensor([2.0, 0.0, 0.5])
@@ -42,15 +42,12 @@ def test_preference_loss_closed_form_and_extremes():
     assert chosen.grad.tolist() == pytest.approx(want)
 
 
-@pytest.mark.parametrize(
-    "shapes", [[(3,), (4,)], [(3, 1), (3, 1)], [(), ()], [(0,), (0,)], [(3,), (3,), (2,)]]
-)
+@pytest.mark.parametrize("shapes", SHAPES)
 def test_preference_loss_refuses_other_shapes(shapes):
     with pytest.raises(ValueError, match="shape"):
         rm.preference_loss(*map(torch.zeros, shapes))
 
 
-# ------------------------------------------------------------------------------- one text, one row
 SPECIALS = [({}, ""), ({"pad": None}, ""), ({"bos": "<bos>"}, "<bos>"), ({"bos": "<eos>"}, "<eos>")]
 SPECIALS += [({"encoder": True, "eos": "[SEP]"}, "[CLS]")]
 
@@ -72,9 +69,7 @@ def test_encode_puts_specials_once_and_ends_with_eos(options, first):
         rm.encode(tokenizer, "a", "b")
 
 
-# ------------------------------------------------------------------------- scores and their model
 def trunk_and_head(model, ids):
-    """The reward by hand, of one row alone, without any padding."""
     return model.score(model.base_model(torch.tensor([ids])).last_hidden_state[0, -1])[0]
 
 
@@ -95,30 +90,17 @@ def test_scores_do_not_depend_on_padding_order_or_company(tmp_path, architecture
         assert found.tolist() == pytest.approx(want, abs=1e-5) and found.dtype == torch.float32
 
 
-def test_score_leaves_the_mode_and_refuses_what_it_cannot_hold(policy_folder):
+def test_score_leaves_the_mode_and_takes_as_many_prompts_as_responses(policy_folder):
     model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
     model.train()
     rm.score(model, tokenizer, PROMPTS, RESPONSES)
     assert model.training and all(p.grad is None for p in model.parameters())
     assert len(rm.score(model, tokenizer, [], [])) == 0
-    with pytest.raises(data.Mistake, match="row 1: .* 128 positions"):
-        rm.score(model, tokenizer, ["my phone " * 200], [""])
     with pytest.raises(ValueError):
         rm.score(model, tokenizer, ["a"], [])
 
 
-def test_same_seed_same_head_and_reload_gives_the_same_scores(tmp_path):
-    folder = make_policy(tmp_path / "m", pad=None)
-    (a, tokenizer), (b, _), (c, _) = (rm.load_reward_model(folder, seed=i) for i in (3, 3, 4))
-    assert torch.equal(a.score.weight, b.score.weight)
-    assert not torch.equal(a.score.weight, c.score.weight)
-    rm.save_model(a, tokenizer, tmp_path / "rm")
-    again = rm.load_reward_model(str(tmp_path / "rm"))  # a trained head: no seed needed
-    assert torch.equal(*(rm.score(*m, PROMPTS, RESPONSES) for m in ((a, tokenizer), again)))
-
-
 def test_rewards_leave_in_float32_under_bf16(policy_folder):
-    """Two responses closer than bf16 can tell apart still get different rewards."""
     model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
     groups = [[rm.encode(tokenizer, x, y)] for x, y in zip(PROMPTS, RESPONSES, strict=True)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -130,7 +112,6 @@ def test_rewards_leave_in_float32_under_bf16(policy_folder):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_prompt_read_once_gives_the_rewards_and_gradients_of_plain_rows(tmp_path, architecture):
-    """Uneven groups, an empty response among them, in float64."""
     folder = make_policy(tmp_path / "m", architecture, padding_side="left")
     model, tokenizer = rm.load_reward_model(folder, seed=0)
     assert model.shares_prompts  # found by the trial at load
@@ -143,12 +124,10 @@ def test_a_prompt_read_once_gives_the_rewards_and_gradients_of_plain_rows(tmp_pa
         (rewards * torch.arange(1.0, 7.0)).sum().backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}
         results.append((rewards.detach(), grads))
-    # transformers computes RMSNorm and softmax in float32.
     torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=1e-6)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------- which models are taken
 def encoder(folder, kind="Bert", auto="AutoModelForMaskedLM", **options):
     tokenizer = make_tokenizer(encoder=True, eos="[SEP]")
     settings = {**SMALL, "max_position_embeddings": 64, "vocab_size": len(tokenizer), **options}
@@ -156,7 +135,6 @@ def encoder(folder, kind="Bert", auto="AutoModelForMaskedLM", **options):
 
 
 def alone_as_together(folder, positions: int):
-    """Loads an RM with a new head, whose scores are the same in a batch and one by one."""
     model, tokenizer = rm.load_reward_model(folder, seed=0)
     together = rm.score(model, tokenizer, PROMPTS, RESPONSES)
     alone = rm.score(model, tokenizer, PROMPTS, RESPONSES, batch_size=1)
@@ -183,17 +161,7 @@ def test_encoders_are_taken_up_to_their_last_position(tmp_path, kind, options, p
 
 
 def test_an_image_and_text_model_is_right(tmp_path):
-    """Its settings stand in config.text_config; with pad = EOS, two rewards in a batch differed."""
-    tokenizer = make_tokenizer(pad="<eos>")
-    v, end = len(tokenizer), tokenizer.eos_token_id
-    text = {"vocab_size": v + 8, "eos_token_id": end, "pad_token_id": end, **GEMMA}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=v + 1
-    )
-    folder = save(tmp_path / "m", "AutoModelForImageTextToText", config, tokenizer)
-    alone_as_together(folder, 128)
+    alone_as_together(conftest.make_image_and_text(tmp_path / "m", pad="<eos>"), 128)
 
 
 def refused(folder, *words, seed=0):
@@ -218,35 +186,31 @@ def test_models_that_misread_padded_rows_are_refused(tmp_path):
 @pytest.mark.parametrize("head", "value_head v_head.summary reward_head reward_predictor".split())
 def test_a_head_of_another_name_is_not_dropped(tmp_path, head):
     folder = make_policy(tmp_path / "m")
-    with_other_weights(folder, lambda weights: weights | {f"{head}.weight": torch.ones(1, 32)})
+    conftest.change_weights(folder, lambda weights: weights | {f"{head}.weight": torch.ones(1, 32)})
     for seed in (0, None):  # as --model, and as judge
         refused(folder, f"{head}.weight", seed=seed)
 
 
-def with_other_weights(folder, edit):
-    weights = edit(load_file(f"{folder}/model.safetensors"))
-    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
-
-
 def test_broken_folders_are_refused(tmp_path):
     folder, config = make_policy(tmp_path / "m"), tmp_path / "m/config.json"
-    refused(folder, "no reward head", "score.weight", seed=None)
     settings = config.read_text()
     config.write_text(json.dumps(json.loads(settings) | {"intermediate_size": 64}))
     refused(folder, "mlp.down_proj.weight", "another shape")
     config.write_text(settings)
     norm = "model.norm.weight"
-    with_other_weights(folder, lambda w: {key: x for key, x in w.items() if key != norm})
+    conftest.change_weights(folder, lambda w: {key: x for key, x in w.items() if key != norm})
     refused(folder, norm, "missing")
     (tmp_path / "m/model.safetensors").write_bytes(b"?" * 1000)
     refused(folder, "not a whole")
 
 
-# --------------------------------------------------------------------------- what a GPU asks for
-def test_loading_leaves_cudas_generator_and_its_attention_without_cudnn(policy_folder, monkeypatch):
+def test_loading_seeds_the_head_alone_and_leaves_attention_without_cudnn(
+    policy_folder, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", pytest.fail)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    rm.load_reward_model(policy_folder, seed=0)
+    a, b, c = (rm.load_reward_model(policy_folder, seed=i)[0].score.weight for i in (3, 3, 4))
+    assert torch.equal(a, b) and not torch.equal(a, c)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
 
@@ -269,8 +233,8 @@ def test_on_a_gpu_prompts_are_read_once_where_it_saves_much():
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
 
 
-def test_out_of_memory_is_told_with_stage_and_fix(tmp_path, policy_folder, pairs_file, capsys):
-    flags = f"--model {policy_folder} --data {pairs_file} --micro_batch_size 8 --out {tmp_path}/x"
+def test_out_of_memory_is_told_with_stage_and_fix(tmp_path, toy, capsys):
+    flags = f"--model {toy}/policy --data {toy}/pairs.jsonl --micro_batch_size 8 --out {tmp_path}/x"
     for module, mode, place in [(rm, "", "fit"), (ppo, "sft ", "fit"), (ppo, "dpo ", "try_out")]:
         with mock.patch.object(rm, place, side_effect=NO_MEMORY):
             assert module.main((mode + flags).split()) == 2
@@ -297,7 +261,6 @@ def test_what_out_of_memory_is(policy_folder):
             rm.try_out(model, tokenizer, policy_folder, answer)
 
 
-# ----------------------------------------------------------------------------- the training loop
 def test_a_step_waits_for_the_device_as_often_with_many_micro_batches(policy_folder, monkeypatch):
     model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
     _, groups = rm.encode_groups(model, tokenizer, make_pairs(8), "D")
@@ -310,15 +273,9 @@ def test_a_step_waits_for_the_device_as_often_with_many_micro_batches(policy_fol
     assert waits.count(8) == waits.count(1)
 
 
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    data.write_jsonl(path, make_pairs(24))
-    return f"{path}"
-
-
-def test_training_learns_and_micro_batches_change_nothing(tmp_path, policy_folder, pairs_file):
-    flags = ["--model", policy_folder, "--data", pairs_file, "--eval_data", pairs_file]
+def test_training_learns_and_micro_batches_change_nothing(tmp_path, policy_folder):
+    pairs = write_rows(tmp_path / "pairs.jsonl", make_pairs(24))
+    flags = ["--model", policy_folder, "--data", pairs, "--eval_data", pairs]
     flags += ["--lr", "1e-3", "--batch_size", "8", "--epochs", "3", "--log_every", "4"]
     assert rm.main([*flags, "--out", f"{tmp_path}/a"]) == 0
     assert rm.main([*flags, "--out", f"{tmp_path}/b", "--micro_batch_size", "3"]) == 0
@@ -327,26 +284,26 @@ def test_training_learns_and_micro_batches_change_nothing(tmp_path, policy_folde
     assert [row["step"] for row in log if "accuracy" in row] == [0, 4, 8, 9]
     assert log[-1]["accuracy"] == 1.0 and log[-2]["loss"] < 0.4
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.1)
-    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    a, b = (conftest.weights_of(tmp_path / x) for x in "ab")
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
-def test_the_first_step_is_the_step_of_adamw_on_eq_1(tmp_path, policy_folder, pairs_file):
-    """One step of the command = AdamW on the loss written out by hand, row by row."""
-    flags = ["--model", policy_folder, "--data", pairs_file, "--out", f"{tmp_path}/a"]
+def test_the_first_step_is_the_step_of_adamw_on_eq_1(tmp_path, policy_folder):
+    pairs = write_rows(tmp_path / "pairs.jsonl", make_pairs(24))
+    flags = ["--model", policy_folder, "--data", pairs, "--out", f"{tmp_path}/a"]
     flags += ["--lr", "1e-3", "--batch_size", "24", "--micro_batch_size", "24"]
     assert rm.main([*flags, "--max_grad_norm", "1e9"]) == 0
     model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     margins = []
-    for pair in data.read_preferences(pairs_file):
+    for pair in make_pairs(24):
         texts = [pair["prompt"] + pair[side] + "<eos>" for side in ("chosen", "rejected")]
         chosen, rejected = (trunk_and_head(model, tokenizer(text).input_ids) for text in texts)
         margins.append(chosen - rejected)
     loss = torch.log1p(torch.exp(-torch.stack(margins))).mean()
     loss.backward()
     optimizer.step()
-    trained = load_file(tmp_path / "a/model.safetensors")
+    trained = conftest.weights_of(tmp_path / "a")
     # AdamW's first step is +-lr per weight: compare where the gradient is not rounding noise.
     for name, p in model.named_parameters():
         solid = p.grad.abs() > 1e-6

@@ -27,7 +27,6 @@ SNIPPETS = dict(re.findall(SNIPPET, (ROOT / "README.md").read_text(encoding="utf
 
 
 def run(code, file="README.md", **forced):
-    """Runs code in float64, with other options of the step; returns its variables."""
     variables = {"__name__": "__main__", "__file__": str(file)}
     lookahead, metarm_step = metarm.lookahead, metarm.metarm_step
     metarm.lookahead = lambda *args, **options: lookahead(*args, **options | forced)
@@ -58,16 +57,9 @@ def test_lookahead_in_the_readme():
         has = run(definitions + SNIPPETS["plain-lookahead"], normalize=normalize)
         end, expected = vector(has["model"].parameters()), plain_loop(normalize=normalize)
         torch.testing.assert_close(end, expected, rtol=0, atol=1e-12)
-        # What these files compare can differ.
-        for other in ({"normalize": not normalize}, {"eta": 0.0}):
-            assert (plain_loop(**{"normalize": normalize} | other) - expected).abs().max() > 1e-6
-
-
-# ---------------------------------------------------------------------------------- two processes
 
 
 def gpt2(kind, normalize, rank=0, world=1):
-    """Returns where a small GPT-2 ends, by metarm_step or wrapped, with checkpointing and traps."""
     import transformers
 
     torch.manual_seed(0)
@@ -120,7 +112,6 @@ def gpt2(kind, normalize, rank=0, world=1):
 
 
 def under_torchrun(folder):
-    """What each of the two processes does."""
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     worst = {}
     for kind in ("ddp", "fsdp2"):
@@ -133,7 +124,6 @@ def under_torchrun(folder):
             dist.init_process_group = lambda backend: None  # the first script has joined for all
             end, expected = gpt2(kind, normalize, dist.get_rank(), 2), gpt2(None, normalize)
             worst[f"GPT-2 {kind} {normalize}"] = end - expected
-
     fsdp1 = dist.fsdp.FullyShardedDataParallel(torch.nn.Linear(6, 1), device_id="cpu")
     fsdp1(torch.ones(2, 6)).sum().backward()
     with pytest.raises(ValueError, match="FSDP1"), metarm.lookahead(fsdp1, 0.1, normalize=True):
@@ -154,12 +144,8 @@ def test_ddp_and_fsdp2(tmp_path):
         assert len(worst) == 8 and max(worst.values()) < 1e-9, worst
 
 
-# ----------------------------------------------------------------------------------- TRL and LoRA
-
-
 @pytest.fixture
 def toy_run(tmp_path, monkeypatch):
-    """Stands in a folder with a tiny runs/toy; gives (pairs of D, prompts of S)."""
     pairs = make_pairs(4)
     samples = [x | {"responses": [x["chosen"], x["rejected"], " help me"]} for x in pairs]
     for name, rows in [("pairs/train.jsonl", pairs), ("metarm-1/meta/samples.jsonl", samples)]:
@@ -172,7 +158,6 @@ def toy_run(tmp_path, monkeypatch):
 
 
 def losses_of(model, tokenizer, pairs, samples):
-    """Returns (L, J, D, S). L and J take all of D and S, or the groups given."""
     D, S = [rm.encode_groups(model, tokenizer, items, "")[1] for items in (pairs, samples)]
 
     def L(forward, groups=D):
@@ -202,7 +187,6 @@ def test_trl(toy_run, monkeypatch):
         trl = script["MetaRewardTrainer"]
         return trl(model, args=config, train_dataset=D, processing_class=tokenizer, **of_S)
 
-    # A batch is all of D and all of S, so the order in which they are drawn does not matter.
     for normalize in (False, True):
         theirs, ours = [rm.load_reward_model("runs/toy/sft", seed=0)[0].double() for _ in range(2)]
         optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, weight_decay=0.0)
@@ -227,7 +211,6 @@ def test_trl(toy_run, monkeypatch):
             patch.setattr(ready.accelerator.scaler, "scale", lambda loss: loss * math.inf)
             ready.training_step(theirs, ready.data_collator(script["D"]))
         assert not vector(p.grad for p in theirs.parameters()).isfinite().all()
-
     with pytest.raises(ValueError, match="set gradient_accumulation_steps=1"):
         trainer(model, True, gradient_accumulation_steps=2)
     Path("runs/toy/pairs/train.jsonl").write_text("{}\n")
@@ -260,7 +243,6 @@ def test_lora(toy_run, monkeypatch):
         stayed = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
         assert stayed == set(before) - set(theta)
     torch.testing.assert_close(*ends, rtol=0, atol=1e-9)
-
     for options in ([], ["--gradient_checkpointing", "--micro_batch_size", "3", "--out", "x"]):
         lora["main"](["--batch_size", "4", *options])
     model, tokenizer = rm.load_reward_model("runs/lora/rm")
