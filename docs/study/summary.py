@@ -158,8 +158,8 @@ def write_summary(rng: random.Random, prompt: str) -> str:
             if rng.random() < P_INVENTED:
                 value = rng.choice([other for other in domain[name] if other != value])
             said.append(rng.choice(SAYS[name]).format(**{name: value}))
-    said += rng.sample(WARNINGS, data.draw(rng, WARNING_MIX))
-    said += rng.sample(GISTS, data.draw(rng, GIST_MIX))
+    said += rng.sample(WARNINGS, data.pick_weighted(rng, WARNING_MIX))
+    said += rng.sample(GISTS, data.pick_weighted(rng, GIST_MIX))
     while len(said) < 2:
         said.append(rng.choice([gist for gist in GISTS if gist not in said]))
     rng.shuffle(said)
