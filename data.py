@@ -22,11 +22,11 @@ import json
 import math
 import random
 import re
-import resource
 import sys
 import time
 import zlib
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 
 class Mistake(ValueError):
@@ -139,8 +139,7 @@ wrong address | My _ is going to my old home. / I gave you the wrong street for 
   | redirect|new address | redirect the parcel / use your new address / redirect it
 no invoice | My tax office asks about the _. / There was no paper with my _.
   / My boss wants proof that I paid the _.
-  | invoice|receipt | mail the invoice / print the receipt / mail a copy of the receipt
-""")
+  | invoice|receipt | mail the invoice / print the receipt / mail a copy of the receipt""")
 OOD_PROBLEMS = table(r"""
 delayed | My _ is delayed. / I will miss my _. / The _ leaves too late for me. | rebook|later one
   | rebook you / put you on the later one / rebook the trip | flight / train / ferry / coach
@@ -154,8 +153,7 @@ wrong seat | I am not next to my wife on the _. / I sit at the wrong end of the 
   / find a better seat | flight / train / ferry / coach
 double | I have booked my _ twice. / My _ is on my list two times. / I only need one _ and have two.
   | second booking|double | cancel the second booking / drop the double / remove the second booking
-  | flight / train / ferry / coach / room / suite / cabin / flat
-""")
+  | flight / train / ferry / coach / room / suite / cabin / flat""")
 # {problem: [its wordings, [sign of the remedy], the desk's remedies, things]}, in both domains
 SHOP_PROBLEMS = {problem: [*columns, SHOP] for problem, columns in SHOP_PROBLEMS.items()}
 PROBLEMS = SHOP_PROBLEMS | OOD_PROBLEMS
@@ -176,8 +174,7 @@ farewell | I am happy to help with anything else. / Please write again at any ti
   / Thank you for your patience. / We appreciate your trust. / It is a pleasure to help you.
 empty promise | This will never happen again. / Everything will be perfect. / We guarantee it.
 filler | Let me look into this for you. / Our team is on it. / I have made a note of it.
-  / We read every message. / These things happen now and then.
-""").values()
+  / We read every message. / These things happen now and then.""").values()
 HELLOS, ASIDES, STEMS, TIMES, HEAR, NAMING, GREETINGS, FAREWELLS, PROMISES, FILLERS = sum(SAID, [])
 
 # What the gold rules look for. KNOWN: what the desk says, in lower case and without a time.
@@ -206,9 +203,8 @@ def all_prompts(problems: dict) -> list[str]:
     """Returns every prompt about these problems. A customer may leave out opening and aside."""
     prompts = []
     for wordings, _, _, things in problems.values():
-        texts = itertools.product(["", *HELLOS], wordings, things, ["", *ASIDES])
-        for opening, wording, thing, aside in texts:
-            said = [opening, wording.format(thing=thing), aside]
+        notes = [wording.format(thing=thing) for wording in wordings for thing in things]
+        for said in itertools.product(["", *HELLOS], notes, ["", *ASIDES]):
             prompts.append("\n\nHuman: " + " ".join(filter(None, said)) + ANSWER)
     return prompts
 
@@ -318,55 +314,45 @@ def label_pairs(samples: list[dict], noise: float, seed: int) -> tuple[list[dict
 
     Each prompt gives k // 2 disjoint pairs, less those of equal responses. Labels are Bradley-Terry
     draws, P(a over b) = sigmoid((gold(a) - gold(b)) / noise), or gold's if noise = 0. A tie is half
-    a flip: gold scores 1 - share, the ceiling for an RM. Raises: Mistake for bad noise, or no pair.
+    a flip: gold scores 1 - share, the ceiling for an RM. Raises: Mistake if no pair is left.
     """
-    if not 0 <= noise < math.inf:
-        raise Mistake(f"--noise must be a number >= 0, not {noise}")
     rng = random.Random(seed)
     pairs = []
     flips = 0.0
-    for sample in samples:
-        prompt = sample["prompt"]
-        firsts, seconds = sample["responses"][::2], sample["responses"][1::2]
-        for a, b in zip(firsts, seconds, strict=False):  # an odd one has no partner
+    for prompt, responses in ((sample["prompt"], sample["responses"]) for sample in samples):
+        # Disjoint pairs: the first and the second, the third and the fourth; an odd one has none.
+        for a, b in zip(responses[::2], responses[1::2], strict=False):
             coin = rng.random()  # before a pair is left out, so that the others keep their coins
-            if a == b:
-                continue
-            gap = gold_reward(prompt, a) - gold_reward(prompt, b)
-            # sigmoid(x) = (1 + tanh(x / 2)) / 2, without overflow; at noise 0 the sign of the gap
-            a_wins = coin < 0.5 * (1 + math.tanh(gap / (noise or 1e-300) / 2))
-            flips += 0.5 if gap == 0 else a_wins != (gap > 0)
-            chosen, rejected = (a, b) if a_wins else (b, a)
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            if a != b:
+                gap = gold_reward(prompt, a) - gold_reward(prompt, b)
+                # sigmoid(x) = (1 + tanh(x / 2)) / 2, without overflow. At noise 0: the gap's sign.
+                a_wins = coin < 0.5 * (1 + math.tanh(gap / (noise or 1e-300) / 2))
+                flips += 0.5 if gap == 0 else a_wins != (gap > 0)
+                chosen, rejected = (a, b) if a_wins else (b, a)
+                pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not pairs:
         raise Mistake("no pair left: the two responses of each pair are equal; sample hotter ones")
     return pairs, flips / len(pairs)
 
 
 # ----------------------------------------------------------- reading preference files, writing rows
-def from_hub(path):
-    """Returns the path of a file here. What is under no folder is downloaded: owner/name/file."""
-    owner, *rest = str(path).split("/", 2)
-    if len(rest) < 2 or Path(owner).exists():
-        return path
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset")
-    except Exception as error:  # a dozen types; to the user they all mean: not from the hub
-        raise Mistake(f"{path}: not here, and not to be had from the hub: {error!r:.80}") from error
-
-
 def read_lines(path) -> list[tuple[str, dict]]:
     """Returns [("FILE, line N", row)] of .jsonl or .jsonl.gz, here or on the hub; or Mistake.
 
     A row is the JSON object of one line.
     """
-    file = Path(from_hub(path))
+    file = where = path
+    owner, *rest = str(path).split("/", 2)
+    if len(rest) == 2 and not Path(owner).exists():  # owner/name/file, and no such folder is here
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset")
+        except Exception as e:  # a dozen types; to the user they all mean: not from the hub
+            raise Mistake(f"{path}: not here, and not to be had from the hub: {e!r:.80}") from e
     rows = []
-    where = path
     try:
-        raw = file.read_bytes()
+        raw = Path(file).read_bytes()
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw  # whatever its name
         for number, line in enumerate(raw.split(b"\n"), 1):  # bytes: \u2028 does not end a line
             where = f"{path}, line {number}"
@@ -399,9 +385,15 @@ def turns_of(messages: list, key: str, where: str) -> list[str]:
     try:
         said = [(roles[turn["role"]], checked(turn["content"], key, where)) for turn in messages]
     except (KeyError, TypeError):
-        fix = f'needs messages {{"role", "content"}} with a role of {", ".join(roles)}'
-        raise Mistake(f'{where}: key "{key}" {fix}') from None
+        raise Mistake(f'{where}: key "{key}" needs messages of {", ".join(roles)}') from None
     return [f"\n\n{role}: {text}" if text.strip() else f"\n\n{role}:" for role, text in said]
+
+
+def prompt_of(prompt, where: str) -> str:
+    """The text of a row's prompt; of a message list, up to where the assistant answers."""
+    if isinstance(prompt, list) and prompt:
+        return "".join(turns_of(prompt, "prompt", where)) + ANSWER
+    return checked(prompt, "prompt", where)
 
 
 def split_row(row: dict, key: str, where: str) -> tuple[str, str]:
@@ -433,13 +425,6 @@ def without(prompt: str, response: str) -> str:
     return body.removeprefix(head) if head and body.startswith(head) else response
 
 
-def prompt_of(prompt, where: str) -> str:
-    """The text of a row's prompt; of a message list, up to where the assistant answers."""
-    if isinstance(prompt, list) and prompt:
-        return "".join(turns_of(prompt, "prompt", where)) + ANSWER
-    return checked(prompt, "prompt", where)
-
-
 def read_preferences(path) -> list[dict]:
     r"""Returns preference pairs [{"prompt", "chosen", "rejected"}], all strings, of a file.
 
@@ -454,9 +439,8 @@ def read_preferences(path) -> list[dict]:
         other_prompt, rejected = split_row(row, "rejected", where)
         if prompt == other_prompt and chosen != rejected:
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    if len(pairs) < len(lines):
-        why = "whose chosen and rejected have different prompts, or are equal"
-        print(f"{path}: dropped {len(lines) - len(pairs)} rows {why}", file=sys.stderr)
+    if dropped := len(lines) - len(pairs):
+        print(f"{path}: dropped {dropped} rows of two prompts or equal answers", file=sys.stderr)
     if not pairs:
         raise Mistake(f"{path}: no usable pair is left")
     # Free text that repeats its prompt ("Hi", "Hi there") may do so by chance, unless all rows do.
@@ -510,9 +494,8 @@ def read_prompts(path) -> list[str]:
 
 def write_text(path, text: str) -> None:
     """Writes a file whole or not at all."""
-    partial = Path(f"{path}.tmp")
-    partial.write_bytes(text.encode())  # UTF-8, and no \r\n, wherever this runs
-    partial.replace(path)
+    Path(f"{path}.tmp").write_bytes(text.encode())  # UTF-8, and no \r\n, wherever this runs
+    Path(f"{path}.tmp").replace(path)
 
 
 def write_jsonl(path, rows) -> None:
@@ -576,20 +559,25 @@ def modes(parser: argparse.ArgumentParser, names: str):
     return add
 
 
-# The numbers of all commands are above 0, or 0 for these; and below infinity, or BELOW.
-MAY_BE_0 = "seed eta noise max_length valid_share kl_coef gamma lam".split()
-MAY_BE_0 += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
-BELOW = {"seed": 2**63, "valid_share": 1}  # PyTorch takes 64 bits, and epochs are added to a seed
-# How errors tell of a full disk: the system's, those of a quota, torch.save's (both).
+# The numbers of all commands are above 0; these may be 0.
+ZERO = "seed eta noise max_length valid_share kl_coef gamma lam".split()
+ZERO += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
+# How errors tell that memory is used up: those of Python and numpy, of torch and CUDA, of the CPU's
+# allocator, of cuBLAS and cuDNN. Not those of a Mistake, which may quote somebody's text.
+NO_MEMORY = "^(?!Mistake).*(MemoryError|out of memory|allocate memory|ALLOC_FAILED)"
+# How they tell of a full disk: the system's, those of a quota, torch.save's (both).
 DISK_FULL = "No space left|Disk quota|unexpected pos|iostream error"
+TOLD = [  # (what an error says, what the user is told), the first that fits; all others are bugs
+    ("^Mistake", "{error}"),
+    (DISK_FULL, "the disk of {out} is full ({error:.120}); make space: the same command goes on"),
+    (NO_MEMORY, "{mode} --out {out}: out of memory ({error:.120}); lower {sizes}"),
+    ("^(FloatingPointError|NotFinite)", "{mode} --out {out}: {error}"),  # training has diverged
+]
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error, or what caused it, says that the memory of GPU or CPU is used up."""
-    kinds = (RuntimeError, OSError, MemoryError)  # not a Mistake, which may quote somebody's text
-    errors = [repr(e) for e in (error, error.__cause__) if isinstance(e, kinds)]
-    # The words of Python and numpy, of torch and CUDA, of the CPU's allocator, of cuBLAS and cuDNN.
-    return bool(re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", f"{errors}"))
+    return any(re.search(NO_MEMORY, repr(e)) for e in (error, error.__cause__))
 
 
 def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None) -> int:
@@ -599,27 +587,21 @@ def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None)
         sys.stdout.reconfigure(errors="replace")
     try:
         args = parser.parse_args(argv)
-        for name, x in vars(args).items():
-            high = BELOW.get(name, math.inf)
-            if type(x) in (int, float) and not (0 < x < high or x == 0 and name in MAY_BE_0):
-                zero = "0 or " * (name in MAY_BE_0)
-                raise Mistake(f"--{name} {x}: it must be {zero}above 0, and below {high}")
+        for key, x in vars(args).items():
+            # PyTorch takes 64 bits, and epochs are added to a seed.
+            high = {"seed": 2**63, "valid_share": 1}.get(key, math.inf)
+            low = "0 or above 0" if key in ZERO else "above 0"
+            if type(x) in (int, float) and not (0 < x < high or x == 0 and key in ZERO):
+                raise Mistake(f"--{key} {x}: it must be {low}, and below {high}")
         run(args)
     except Exception as error:
-        if not isinstance(error, Mistake):
-            sizes = [
-                f"--{x} {vars(args)[x]}" for x in ("micro_batch_size", "batch_size") if x in args
-            ]
-            if re.search(DISK_FULL, repr(error)):
-                disk = f"the disk of {getattr(error, 'filename', '') or args.out or args.run}"
-                why = f"{disk} is full ({error!s:.80}); make space: the same command goes on"
-            elif sizes and out_of_memory(error):
-                stage = f"{vars(args).get('mode', '')} --out {args.out or args.run}: out of memory"
-                why = f"{stage} ({error!s:.120}); lower {', then '.join(sizes)}"
-            else:
-                raise  # a bug: its traceback is wanted
-            error = Mistake(why)
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not (told := next((x for words, x in TOLD if re.search(words, repr(error))), "")):
+            raise  # a bug: its traceback is wanted
+        given = {"mode": "", "run": ""} | vars(args)
+        given["out"] = given.get("out") or given["run"]
+        sizes = [f"--{x} {given[x]}" for x in ("micro_batch_size", "batch_size") if x in given]
+        told = told.format(**given, error=str(error), sizes=", then ".join(sizes) or "its sizes")
+        print(f"{parser.prog}: error: {' '.join(told.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted; give the same command to go on", file=sys.stderr)
@@ -627,8 +609,8 @@ def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None)
     except SystemExit as leave:  # argparse: --help, or an option that it refuses
         return leave.code or 0
     # What it took: seconds, and the peak of the process's memory (and of the GPU's).
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory *= 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    # ru_maxrss is in bytes on macOS, in kilobytes elsewhere.
+    memory = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     taken = f"{time.monotonic() - start:.0f} s, {memory / 1e9:.1f} GB"
     if "torch" in sys.modules and (peak := sys.modules["torch"].cuda.max_memory_allocated()):
         taken += f", GPU {peak / 1e9:.1f} GB"

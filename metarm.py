@@ -469,11 +469,8 @@ def train(args) -> None:
             L_parts = micro_batches(L, X_t, args.micro_batch_size)
             J_parts = micro_batches(J, [S[i] for i in drawn[number]], args.micro_batch_size)
             looks = number % args.log_every == 0
-            try:
-                info = diagnostics(model, L_parts, J_parts, eta, args.normalize) if looks else {}
-                info |= metarm_step(model, optimizer, L_parts, J_parts, *options)
-            except NotFinite as error:
-                raise data.Mistake(f"--out {args.out}, step {number}: {error}") from None
+            info = diagnostics(model, L_parts, J_parts, eta, args.normalize) if looks else {}
+            info |= metarm_step(model, optimizer, L_parts, J_parts, *options)
             # The losses of later steps are these on other rows: no need to look at their graphs.
             L.graph_is_known = J.graph_is_known = True
             # Once, and not at step 0: a new head's rewards are nearly equal, where J has its kinks.
@@ -485,7 +482,9 @@ def train(args) -> None:
                     print(f"\nmetarm.py: warning: {warned[0]}: {fix}", file=sys.stderr)
             return info
 
-        log = rm.fit(args, work, model, D, step, rm.look_at(args, model, tokenizer))
+        look = args.eval_data and rm.look_at(model, tokenizer, args.eval_data, args.max_length)
+        how = (args.lr, args.batch_size, args.epochs, args.seed, look, args.log_every)  # of rm.fit
+        log = rm.fit(model, D, step, rm.Checkpoint(work, vars(args), D), *how)
         rm.save_model(model, tokenizer, work)
         if args.save_adapted:  # one climb from the trained theta, on one batch of S as in training
             J_parts = micro_batches(J, [S[i] for i in drawn[0]], args.micro_batch_size)

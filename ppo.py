@@ -491,9 +491,8 @@ def update(policy, critic, optimizer, batch: dict, settings) -> dict[str, float]
                 raise data.Mistake(f"NaN ahead, gradient norms {norms}; lower --lr or --critic_lr")
             optimizer.step()
             optimizer.zero_grad()
-    names = "loss/policy_avg loss/value_avg policy/approxkl_avg policy/clipfrac_avg"
-    names = [*names.split(), "val/clipfrac_avg"]
-    return dict(zip(names, torch.stack(stats).mean(dim=0).tolist(), strict=True))
+    keys = "loss/policy_avg loss/value_avg policy/approxkl_avg policy/clipfrac_avg val/clipfrac_avg"
+    return dict(zip(keys.split(), torch.stack(stats).mean(dim=0).tolist(), strict=True))
 
 
 def add_gradients(policy, critic, part: dict, share: Tensor, settings) -> Tensor:
@@ -562,9 +561,8 @@ def ppo(args, work: Path) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
     optimizer.add_param_group({"params": critic.parameters(), "lr": args.critic_lr})
     torch.manual_seed(args.seed)
-    parts = {"policy": policy, "critic": critic, "optimizer": optimizer}
-    checkpoint = rm.Checkpoint(args, work, parts, items)
-    done, kept = checkpoint.resume()
+    checkpoint = rm.Checkpoint(work, vars(args), items)
+    done, kept = checkpoint.resume(policy=policy, critic=critic, optimizer=optimizer)
     queue = kept.get("queue", [])
     for step in tqdm(range(done, args.steps), desc=args.out, mininterval=1):
         # Prompts come in a random order, each once before any comes again.
@@ -628,8 +626,10 @@ def train_policy(args, work, readers, tokenizer, read, loss_of, weight_of, sort=
     for item, [(prompt_ids, _), *_] in zip(kept, groups, strict=True):
         if not prompt_ids:  # from what would it predict the response's first token?
             raise data.Mistake(f"{args.data}, row {items.index(item) + 1}: empty prompt; drop it")
-    step = rm.gradient_step(policy, loss_of, args, weight_of, bf16=True)
-    log = rm.fit(args, work, policy, groups, step, sort=sort)
+    limits = (args.micro_batch_size, args.max_grad_norm)
+    step = rm.gradient_step(policy, loss_of, *limits, weight_of, bf16=True)
+    how = (args.lr, args.batch_size, args.epochs, args.seed)  # of rm.fit
+    log = rm.fit(policy, groups, step, rm.Checkpoint(work, vars(args), groups), *how, sort=sort)
     rm.save_model(policy, tokenizer, work)
     print(f"{args.out}: loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} nats")
 

@@ -153,9 +153,8 @@ def test_gold_labels_and_pairing():
     assert data.label_pairs([tie], noise=0, seed=0)[1] == 0.5
     tosses = data.label_pairs([tie] * 200, noise=0, seed=0)[0]
     assert 70 < sum(toss["chosen"] == PLAIN for toss in tosses) < 130  # a coin, not the first
-    for rows, noise in (([same], 0), ([row], -1.0), ([row], math.nan), ([row], math.inf)):
-        with pytest.raises(data.Mistake, match="equal|noise"):
-            data.label_pairs(rows, noise, seed=0)
+    with pytest.raises(data.Mistake, match="equal"):
+        data.label_pairs([same], noise=0, seed=0)
 
 
 def test_jsonl_round_trip_and_encodings(tmp_path):
@@ -382,7 +381,8 @@ def test_command(capsys):
         assert status == 2 and out == "" and ": error: " in told
     assert call("sft --out o", data.Mistake("one\n  two")) == (2, "", "x.py: error: one two\n")
     assert call("sft --out o", KeyboardInterrupt())[0] == 130
-    assert "disk of /d/f is full" in call("sft --out o", OSError(28, "No space left", "/d/f"))[2]
+    full = OSError(28, "No space left", "/d/f")
+    assert "disk of o is full ([Errno 28] No space left: '/d/f'" in call("sft --out o", full)[2]
     for bug in (ValueError(), OSError(2, "No such file", "/d/f")):  # a bug keeps its traceback
         with pytest.raises(type(bug)):
             call("sft --out o", bug)

@@ -1,7 +1,5 @@
 """A stage that is cut off in the middle ends as if it had not been: same weights, same logs."""
 
-import argparse
-
 import pytest
 import torch
 from conftest import weights_of
@@ -90,13 +88,14 @@ def test_on_a_gpu_it_goes_on_as_it_had_gone_on(commands, name, tmp_path, monkeyp
 
 def test_logs_are_cut_back_by_lines_of_the_file(tmp_path):
     """A response may hold what Unicode calls a line break. It is none in a .jsonl file."""
-    args = argparse.Namespace(checkpoint_minutes=0.0, lr=1.0, micro_batch_size=8)
-    checkpoint = rm.Checkpoint(args, tmp_path, {})
+    options = {"checkpoint_minutes": 0.0, "lr": 1.0, "micro_batch_size": 8}
+    checkpoint = rm.Checkpoint(tmp_path, options)
+    checkpoint.resume()
     rows = [{"step": i, "said": "a\u2028b\x85c\n"} for i in range(3)]
     for step, row in enumerate(rows, 1):
         checkpoint.log(row)
         if step < 3:
             checkpoint.save(step, queue=[step])
-    args.micro_batch_size = 4  # what a run out of memory is told to do keeps its checkpoint
-    assert rm.Checkpoint(args, tmp_path, {}).resume() == (2, {"queue": [2]})
+    options["micro_batch_size"] = 4  # what a run out of memory is told to do keeps its checkpoint
+    assert rm.Checkpoint(tmp_path, options).resume() == (2, {"queue": [2]})
     assert data.read_jsonl(tmp_path / "log.jsonl") == rows[:2]

@@ -267,9 +267,8 @@ def test_a_step_waits_for_the_device_as_often_with_many_micro_batches(policy_fol
     waits, item, optimizer = [], torch.Tensor.item, torch.optim.SGD(model.parameters(), lr=0.0)
     monkeypatch.setattr(torch.Tensor, "item", lambda x: waits.append(size) or item(x))
     for size in (8, 1):
-        args = argparse.Namespace(micro_batch_size=size, max_grad_norm=1.0, out="x")
         loss_of = functools.partial(rm.pair_loss, model, model, tokenizer)
-        rm.gradient_step(model, loss_of, args)(optimizer, groups, 0)
+        rm.gradient_step(model, loss_of, size, max_grad_norm=1.0)(optimizer, groups, 0)
     assert waits.count(8) == waits.count(1)
 
 

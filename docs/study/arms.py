@@ -82,10 +82,13 @@ def reward_model(kind: str, out: Path, options: list, seed: int, knob=0.0, sourc
     if kind in ("plain", "gold"):
         return stage(out, rm.main, *options)
     if kind in LOSSES:
+        parser = data.new_parser("rm.py")
+        rm.training_options(parser)
+        args = parser.parse_args([f"{word}" for word in (*options, "--out", out)])
 
-        def other_step(model, loss_of, args):  # rm.py's training, with another loss
+        def other_step(model, loss_of, *how):  # rm.py's training, with another loss
             _, tokenizer = rm.load_reward_model(args.model, args.seed)
-            return gradient_step(model, LOSSES[kind](model, tokenizer, args, knob, source), args)
+            return gradient_step(model, LOSSES[kind](model, tokenizer, args, knob, source), *how)
 
         options += ["--checkpoint_minutes", 1e6]  # the noise and S's order would not be kept
         with replaced(rm, "gradient_step", other_step):
