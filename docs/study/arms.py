@@ -206,7 +206,7 @@ def pair_weights(pairs: list[dict], policy: str, ref_policy: str, tau: float) ->
         _, groups = rm.encode_groups(model, tokenizer, pairs, f"pairs weighed by {name}")
         by_length = torch.tensor(rm.row_lengths(groups)).argsort(stable=True)
         for some in by_length.split(64):
-            batch = ppo.collate(tokenizer, [row for i in some for row in groups[i]])
+            batch = ppo.policy_batch(tokenizer, [row for i in some for row in groups[i]])
             logprobs = ppo.response_logprobs(model, batch).sum(dim=1)
             log_ratio[some] += sign * logprobs.double().view(-1, 2).sum(dim=1)
     return (len(pairs) * torch.softmax(tau * log_ratio, dim=0)).float()  # exp without overflow
