@@ -55,13 +55,15 @@ def check_reward_model(folder: str) -> None:
     tokenizer, config = transformers.AutoTokenizer.from_pretrained(folder), model.config
     assert config.num_labels == 1
     assert config.pad_token_id == tokenizer.pad_token_id != rm.end_id(tokenizer)
-    prompts, chosen = ([pair[key] for pair in PAIRS] for key in ("prompt", "chosen"))
-    ours = rm.score(*rm.load_reward_model(folder), prompts, chosen)
-    for prompt, response, got in zip(prompts[:3], chosen, ours, strict=False):
+    # Each prompt twice, side by side and apart: neither order nor company counts.
+    texts = [(x["prompt"], x[side]) for side in ("chosen", "rejected") for x in PAIRS[:4]]
+    texts.insert(1, texts[4])
+    ours = rm.score(*rm.load_reward_model(folder), *zip(*texts, strict=True), batch_size=4)
+    for (prompt, response), got in zip(texts, ours, strict=True):
         ids = sum(rm.encode(tokenizer, prompt, response), [])
         with torch.no_grad():
             assert got.item() == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
-    assert torch.isfinite(ours).all() and ours.std() > 0
+    assert ours.dtype == torch.float32 and ours.std() > 0
 
 
 def reward_models(policy: str, meta: str, pairs: str, out) -> None:
@@ -84,11 +86,6 @@ def reward_models(policy: str, meta: str, pairs: str, out) -> None:
     for first, second, last in logs:
         assert figures <= set(first) and looks <= set(first) and "accuracy" in last
         assert figures <= set(second) and not looks & set(second)
-    for row in logs[0][:-1] + logs[1][:-1]:
-        assert 0.25 <= row["difference"] <= 0.5 and row["meta_grad_norm"] > 0  # k = 2
-    for name, same in [("difference", 1), ("vanilla_loss_adapted", 1), ("grad_norm", 0)]:
-        first, exact = (log[0][name] for log in logs)
-        assert (first == pytest.approx(exact, rel=1e-4)) == same
 
 
 def loop(policy: str, reward_model: str, pairs: str, out) -> None:

@@ -44,12 +44,6 @@ def count(source: str) -> tuple[int, int, int]:
     return len(code), len(code & lines_of(filter(is_option, nodes))), comments
 
 
-def test_the_count_itself():
-    source = '"""Two\nlines."""\n\n# comment\nx = 1  # beside\n\n\ndef f(add):\n    "doc"\n'
-    source += '    add("--a")\n    {1}.add(\n        2\n    )\n    return "# none"\n'
-    assert count(source) == (7, 1, 2)
-
-
 @pytest.mark.parametrize("name", CODE)
 def test_lines_of_code_and_comments(name):
     code, options, comments = count(text_of(name))

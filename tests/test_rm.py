@@ -1,7 +1,6 @@
 """rm.py: the loss in closed form, one encoding, scores that depend on the text alone."""
 
 import argparse
-import functools
 import json
 import math
 from unittest import mock
@@ -40,12 +39,9 @@ def test_preference_loss_closed_form_and_extremes():
     rm.preference_loss(chosen, rejected).backward()
     want = [-(1 - 1 / (1 + math.exp(-m))) / 2 for m in (chosen - rejected).tolist()]
     assert chosen.grad.tolist() == pytest.approx(want)
-
-
-@pytest.mark.parametrize("shapes", SHAPES)
-def test_preference_loss_refuses_other_shapes(shapes):
-    with pytest.raises(ValueError, match="shape"):
-        rm.preference_loss(*map(torch.zeros, shapes))
+    for shapes in SHAPES:
+        with pytest.raises(ValueError, match="shape"):
+            rm.preference_loss(*map(torch.zeros, shapes))
 
 
 SPECIALS = [({}, ""), ({"pad": None}, ""), ({"bos": "<bos>"}, "<bos>"), ({"bos": "<eos>"}, "<eos>")]
@@ -67,27 +63,6 @@ def test_encode_puts_specials_once_and_ends_with_eos(options, first):
     tokenizer.eos_token = tokenizer.sep_token = None
     with pytest.raises(data.Mistake, match="EOS"):
         rm.encode(tokenizer, "a", "b")
-
-
-def trunk_and_head(model, ids):
-    return model.score(model.base_model(torch.tensor([ids])).last_hidden_state[0, -1])[0]
-
-
-@pytest.mark.parametrize("options", [{}, {"pad": None}, {"pad": "<eos>", "padding_side": "left"}])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_do_not_depend_on_padding_order_or_company(tmp_path, architecture, options):
-    folder = make_policy(tmp_path / "m", architecture, **options)
-    model, tokenizer = rm.load_reward_model(folder, seed=1)
-    assert tokenizer.pad_token_id != rm.end_id(tokenizer)
-    # One prompt twice side by side, and once more apart from these.
-    texts = [(LONG, " no"), *zip(PROMPTS, RESPONSES, strict=True), (LONG, " a b")]
-    with torch.no_grad():
-        model.score.weight.mul_(20)  # rewards of the order of 1
-        rows = [sum(rm.encode(tokenizer, x, y), []) for x, y in texts]
-        want = [trunk_and_head(model, row).item() for row in rows]
-    for batch_size in (1, 2, 64):
-        found = rm.score(model, tokenizer, *zip(*texts, strict=True), batch_size)
-        assert found.tolist() == pytest.approx(want, abs=1e-5) and found.dtype == torch.float32
 
 
 def test_score_leaves_the_mode_and_takes_as_many_prompts_as_responses(policy_folder):
@@ -173,14 +148,11 @@ def refused(folder, *words, seed=0):
 
 
 def test_models_that_misread_padded_rows_are_refused(tmp_path):
-    tokenizer = make_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "d_model": 32, "decoder_start_token_id": 0}
-    xlnet = transformers.XLNetConfig(**sizes, n_layer=2, n_head=4, d_inner=48)
-    t5 = transformers.T5Config(**sizes, num_layers=2, num_heads=4, d_ff=48)
     refused(encoder(tmp_path / "fnet", "FNet"), "padded row", "FNetForSequence")
-    for name, auto, config in [("XLNet", "CausalLM", xlnet), ("T5", "Seq2SeqLM", t5)]:
-        folder = save(tmp_path / name, f"AutoModelFor{auto}", config, tokenizer)
-        refused(folder, "padded row", f"{name}ForSequence")
+    tokenizer = make_tokenizer()
+    config = transformers.XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=2, n_head=4)
+    xlnet = save(tmp_path / "xlnet", "AutoModelForCausalLM", config, tokenizer)
+    refused(xlnet, "padded row", "XLNetForSequence")
 
 
 @pytest.mark.parametrize("head", "value_head v_head.summary reward_head reward_predictor".split())
@@ -261,23 +233,16 @@ def test_what_out_of_memory_is(policy_folder):
             rm.try_out(model, tokenizer, policy_folder, answer)
 
 
-def test_a_step_waits_for_the_device_as_often_with_many_micro_batches(policy_folder, monkeypatch):
-    model, tokenizer = rm.load_reward_model(policy_folder, seed=0)
-    _, groups = rm.encode_groups(model, tokenizer, make_pairs(8), "D")
-    waits, item, optimizer = [], torch.Tensor.item, torch.optim.SGD(model.parameters(), lr=0.0)
-    monkeypatch.setattr(torch.Tensor, "item", lambda x: waits.append(size) or item(x))
-    for size in (8, 1):
-        loss_of = functools.partial(rm.pair_loss, model, model, tokenizer)
-        rm.gradient_step(model, loss_of, size, max_grad_norm=1.0)(optimizer, groups, 0)
-    assert waits.count(8) == waits.count(1)
-
-
-def test_training_learns_and_micro_batches_change_nothing(tmp_path, policy_folder):
+def test_training_learns_and_micro_batches_change_nothing(tmp_path, policy_folder, monkeypatch):
+    waits, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: waits.append(1) or item(x))
     pairs = write_rows(tmp_path / "pairs.jsonl", make_pairs(24))
     flags = ["--model", policy_folder, "--data", pairs, "--eval_data", pairs]
     flags += ["--lr", "1e-3", "--batch_size", "8", "--epochs", "3", "--log_every", "4"]
     assert rm.main([*flags, "--out", f"{tmp_path}/a"]) == 0
+    once = len(waits)
     assert rm.main([*flags, "--out", f"{tmp_path}/b", "--micro_batch_size", "3"]) == 0
+    assert len(waits) == 2 * once  # a step waits for the device as often with many micro-batches
     log = data.read_jsonl(tmp_path / "a/log.jsonl")
     assert log[0]["steps"] == 9 and [row["step"] for row in log] == list(range(10))
     assert [row["step"] for row in log if "accuracy" in row] == [0, 4, 8, 9]
@@ -297,7 +262,8 @@ def test_the_first_step_is_the_step_of_adamw_on_eq_1(tmp_path, policy_folder):
     margins = []
     for pair in make_pairs(24):
         texts = [pair["prompt"] + pair[side] + "<eos>" for side in ("chosen", "rejected")]
-        chosen, rejected = (trunk_and_head(model, tokenizer(text).input_ids) for text in texts)
+        rows = (tokenizer(text, return_tensors="pt").input_ids for text in texts)
+        chosen, rejected = (model(row).logits[0, 0] for row in rows)
         margins.append(chosen - rejected)
     loss = torch.log1p(torch.exp(-torch.stack(margins))).mean()
     loss.backward()

@@ -21,12 +21,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "docs" / "study"))
 import arms
 import measure
 import page
-import policies
 import study
 import summary
 
 STUDY = Path(study.__file__).parent
-FIRST, STALE, ADAPTED = page.FIRST, page.STALE, f"ppo:adapted@{page.CLIMB}"
+FIRST, STALE = page.FIRST, page.STALE
 NOTE = "\n\nHuman: Sum up this note: Anna went round on a rainy day. The pump in hall one leaks "
 NOTE += "oil. It has to run by Monday.\n\nAssistant:"
 SHOP = "\n\nHuman: My lamp came broken.\n\nAssistant:"
@@ -38,6 +37,8 @@ def test_intervals_and_p_values():
     assert page.t_test([1.0])[0] == 1.0 and np.isnan(page.t_test([1.0])[1:]).all()
     x = np.array([0.3, 1.1, 0.7, 2.0, 1.4])  # 0 at the interval's end is p = 0.05
     assert page.t_test(x - page.t_test(x)[1])[3] == pytest.approx(0.05, abs=1e-6)
+    # Of many worlds, the smallest effect: (z of 0.9875 + z of 0.8) standard errors.
+    assert page.smallest_effect(2.0, 400) == pytest.approx(3.083 * 2 / 20, rel=0.01)
 
 
 def test_holm_and_verdicts_follow_the_rules():
@@ -48,11 +49,6 @@ def test_holm_and_verdicts_follow_the_rules():
     assert page.better(0.5, 2.1, 0.3, 2.0) == page.better(3.0, 5.9, 0.2, 2.0) == "unclear"
     assert page.better(1, math.nan, math.nan, 2) == "unclear"
     assert page.better(-3, -1, 0.01, 2) == "no"
-
-
-def test_the_smallest_effect():
-    # Of many worlds: (z of 0.9875 + z of 0.8) standard errors.
-    assert page.smallest_effect(2.0, 400) == pytest.approx(3.083 * 2 / 20, rel=0.01)
 
 
 def test_arms_are_compared_head_by_head_and_then_by_world():
@@ -81,25 +77,6 @@ def test_policies_are_compared_on_the_way_to_one_kl():
     assert list(table.path(f"ppo:{FIRST}")[7][0]) == [0, 2, 2, 2, 4, 4, 4, 4, 4, 4]  # never falls
 
 
-def test_each_chain_of_policies_has_its_own_S_and_the_same_heads():
-    asked = []
-
-    class World:
-        sft, rm0, seed, chosen = Path("sft"), Path("rm0"), 9, {"policy_kl": 0.01}
-
-        def reward_model(self, arm, head, policy):
-            asked.append((arm, head, policy.name))
-            return Path(f"{arm}-{policy.name}-{head}/rm")
-
-        def improve(self, out, last, model, seed, *flags):
-            return Path(f"{out}") if flags == ("--kl_coef", 0.01) and seed[0] == "9" else None
-
-    assert policies.policy(World(), ADAPTED, 2).name == f"{ADAPTED}-0.01-2"
-    assert set(asked) == {(FIRST, 0, "sft"), (FIRST, 1, f"{ADAPTED}-0.01-1")}
-    assert policies.reward_model(World(), ADAPTED, 1).name == "adapted"
-    assert policies.reward_model(World(), "ppo:plain", 3).parent.name == "plain-ppo:plain-0.01-2-2"
-
-
 def test_a_policy_is_measured_by_gold(tmp_path, policy_folder):
     prompts, said = [SHOP, SHOP], [[" Sorry now.", " Thank you."], [" We guarantee it.", " Sorry."]]
     sft, other = measure.answer_set(prompts, said), measure.answer_set(prompts, said[::-1])
@@ -122,30 +99,21 @@ def test_the_world_of_notes():
     parts = summary.gold_parts(NOTE, " The crane needs help. Ask Anna. Blah. Blah.")
     told = {"invented fact": -1.5, "trifle": -0.25, "repeated sentence": -1, "broken sentence": -1}
     assert {rule: points for rule, points in parts.items() if points} == told
-    with pytest.raises(data.Mistake, match="note"):
-        data.gold_reward("Sum up this note: nothing", "")
     shop = " This is about your lamp. We will send a replacement today."  # as without summary.py
     assert data.gold_reward(SHOP, shop) == 4.0
     world = data.make_world(1, {"sft": 40, "pairs": 20, "ood": 10}, summary.WORLDS["summary"])
     prompts = [row["prompt"] for rows in world.values() for row in rows]
     assert len(set(prompts)) == len(prompts) == 70
-    gold = [data.gold_reward(**row) for row in world["sft"]]
-    assert min(gold) < 0 < np.mean(gold)
 
 
 def test_arms_and_flags():
     assert study.read_arm("first@0.02") == ("first", 0.02) and study.read_arm("gold") == ("gold", 0)
-    kinds = {study.read_arm(arm)[0] for arm in study.PRIMARY + study.POLICIES + study.SECONDARY}
-    assert kinds == study.SECONDS.keys() - {"world"}
-    assert kinds == page.NAMES.keys() - {page.RESEEDED} | {"rm0"}
     flags = study.toy_flags(False, {"steps": 12})  # read out of run.sh
     assert {"sft", "rm", "meta_sample", "sample", "ppo"} <= flags.keys() and "--lr" in flags["rm"]
     assert flags["ppo"][-2:] == ["--steps", "12"]
 
 
-@pytest.mark.parametrize(
-    "option", ["--tasks=poem", "--arms=plain,magic@1", "--arms=first", "--arms=adapted@0.1"]
-)
+@pytest.mark.parametrize("option", ["--tasks=poem", "--arms=plain,magic@1", "--arms=first"])
 def test_mistakes_are_one_line(capsys, tmp_path, option):
     (tmp_path / "settings.json").write_text('{"chosen": {"dialogue": {}}}')
     assert study.main([option, "--out", str(tmp_path), "--runs", str(tmp_path)]) == 2
@@ -267,12 +235,7 @@ def test_without_its_knob_an_arm_is_plain_training(training, tmp_path, kind):
     assert not torch.allclose(found[0], found[2], atol=1e-5)
 
 
-def test_gold_in_the_rms_place_and_in_pairs(tmp_path):
-    original = rm.score
-    with pytest.raises(ZeroDivisionError), arms.replaced(rm, "score", arms.gold_score):
-        assert rm.score(None, None, [NOTE], [""]).item() == data.gold_reward(NOTE, "")
-        raise ZeroDivisionError
-    assert rm.score is original
+def test_pairs_by_gold_have_no_ties(tmp_path):
     said = [" Sorry now.", " Sorry now.", " Thank you.", " We guarantee it."]  # three tie
     data.write_jsonl(tmp_path / "S", [{"prompt": SHOP, "responses": said}])
     pairs = [(pair["chosen"], pair["rejected"]) for pair in arms.gold_pairs(tmp_path / "S")]
@@ -321,8 +284,3 @@ def test_the_tables_of_both_pages_are_those_of_study_csv():
         blocks = re.findall(block, path.read_text(), re.DOTALL)
         rows = [line for line in "".join(blocks).splitlines() if line.strip()]
         assert len(rows) > 4 and not [row for row in rows if row not in told]
-
-
-def test_docs_stay_small():
-    docs = STUDY.parent.rglob("*")
-    assert sum(path.stat().st_size for path in docs if path.is_file()) < 3e6
