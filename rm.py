@@ -376,7 +376,7 @@ def save_model(model, tokenizer, folder) -> None:
 # --------------------------------------------------------- device and precision (used by all files)
 def pick_device() -> torch.device:
     """Returns the device that METARM_DEVICE names, else CUDA's if there is one, else the CPU."""
-    return torch.device(os.getenv("METARM_DEVICE", "cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(os.getenv("METARM_DEVICE") or ["cpu", "cuda"][torch.cuda.is_available()])
 
 
 def autocast(device: torch.device, bf16: bool = False) -> torch.autocast:
