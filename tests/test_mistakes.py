@@ -61,7 +61,7 @@ MISTAKES = [  # (command, what is added to it, what the line must say)
     ("ppo.py ppo", "--batch_size 30", "size 30 .*--rollouts_per_prompt 4; .*--batch_size 28"),
     ("ppo.py ppo", "--batch_size 2", "--batch_size 2 .*--rollouts_per_prompt 4; .*--batch_size 4"),
     ("rm.py", "--lr 1e30", "/x: .*nan.*lower --lr"),
-    ("metarm.py", "--lr 1e30", "/x, step 1: .*nan.*lower"),
+    ("metarm.py", "--lr 1e30", "/x: .*nan.*lower"),
     ("ppo.py sft", "--lr 1e30", "/x: .*nan.*lower --lr"),
     ("ppo.py ppo", "--lr 1e30", "NaN.*lower --lr"),
     ("rm.py", "--out notes", "notes exists.*delete it"),

@@ -2,9 +2,7 @@
 
 Both sides of a comparison run in ONE process and in turn (A B A B ...), from the same weights and
 on the same rows. Each turn gives a ratio; the table has their median, and the spread in brackets.
-What counts is CPU time of one thread, so that a busy neighbour counts for little. Our loops are the
-commands themselves, from the first step to the last; TRL's are timed by its own callbacks. Set-up
-and saving count on neither side.
+What counts is CPU time of one thread, from the first step to the last. Set-up and saving do not.
 
     bash run.sh bench                  makes .venv-bench for the peers, then runs this file
     bash run.sh bench --data FILE      with preference rows of HH-RLHF that are here already
@@ -50,7 +48,6 @@ PEER |= {"save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": F
 ETA, MAX_LENGTH, VOCABULARY, SIDES = 0.01, 512, 8000, ("chosen", "rejected")
 
 # --------------------------------------------------------------------------------------- measuring
-
 look_ups: list[tuple[int, bool]] = []  # (ids, gradients taken?) of every embedding: tokens AS RUN
 marks: list[tuple[float, int]] = []  # (CPU seconds, look-ups so far)
 
@@ -140,8 +137,6 @@ def speed(what, n: int, unit: str, found: dict, ours: str, theirs: str, peer: st
 
 # ------------------------------------------------------------- the parts: what is run beside what
 # Each takes the options and a folder to work in; returns (rows of the table, what was found).
-
-
 def rm_training(args, box):
     """`python rm.py` and TRL's RewardTrainer: the same ids, batches of 8, AdamW, clipping."""
     model, tokenizer, pairs = real(args.data, box)
@@ -242,9 +237,8 @@ def ppo_iteration(args, box, what, model, prompts, rollouts, minibatch, steps):
 PARTS = {"rm": rm_training, "meta": meta_step}
 PARTS |= {"ppo_toy": ppo_toy, "ppo_six_layers": ppo_six_layers}
 
+
 # ---------------------------------------------------------------------- steps, models and batches
-
-
 def steps(model, tokenizer, D, S) -> dict:
     """Returns {name: function of one whole step}, with the losses as metarm.py has them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, weight_decay=0.0)
@@ -309,8 +303,6 @@ def batch_of(tokenizer, pairs: list[dict], n: int):
 
 
 # ----------------------------------------------------------------------------------------- the page
-
-
 def line(item: dict) -> str:
     """Returns a row as a line of the page's table."""
     ratio, arithmetic, goal, met = item["ratio"], item["arithmetic"], item["goal"], ""

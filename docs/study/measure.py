@@ -1,8 +1,7 @@
 """What is measured of a reward model and of a policy: {metric: number}, with eval.py's measures.
 
-An answer set is (prompts, m groups of k responses, gold (m, k)). SD: rewards and gold are counted
-in SDs of the same judge's rewards on SFT samples, above their mean there, because Eq. 1 fixes
-neither scale nor offset of a reward model.
+An answer set is (prompts, m groups of k responses, gold (m, k)). SD: a judge's rewards are counted
+in SDs of its own on SFT samples, above their mean: Eq. 1 fixes neither scale nor offset of an RM.
 """
 
 from pathlib import Path

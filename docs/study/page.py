@@ -6,8 +6,7 @@ a t test. Primary are the two CONTRASTS, in accuracy on the frozen policy's fres
 gold gaps of SFT samples: yes, if the difference is above 0 with p < 0.05 after Holm's correction
 over the two; no, if its whole 95 % interval lies below the margin; else unclear. Of the policies
 (policies.py) the two of OF_POLICIES, in mean gold on the way from SFT to the KL that their three
-arms reach. All else is secondary. The tables are of the worlds made for them; OLD worlds, of an
-earlier study with long climbs, are in the picture of doses alone.
+arms reach. All else is secondary. OLD worlds, of an earlier study, are in the picture alone.
 """
 
 import csv

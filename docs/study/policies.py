@@ -1,9 +1,8 @@
 """Part 2: are the policies better? Each arm has a chain of its own, of reward models and policies.
 
-All start at the SFT policy and have three rounds of PPO. In round r, S comes from the arm's own
-last policy, and its reward model has head r - 1: the same in all arms but "ppo:rm0", which keeps
-RM₀. So "ppo:plain" and "ppo:first@1" differ by the climb alone. All have one KL weight, `policy_kl`
-of settings.json, and gold judges them.
+In round r of three, S comes from the arm's own last policy, and its reward model has head r - 1,
+but for "ppo:rm0", which keeps RM₀: so plain and MetaRM differ by the climb alone. One KL weight,
+`policy_kl` of settings.json; gold judges.
 """
 
 from pathlib import Path

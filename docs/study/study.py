@@ -3,16 +3,10 @@
     python docs/study/study.py            all cells that study.csv does not have, then the tables
     python docs/study/study.py --tables   runs nothing
 
-A world (task, seed) has an SFT policy, D, RM₀ and one chain of PPO against RM₀, whose last policy
-is frozen: S is sampled from it, and the reward models of all arms are measured on fresh samples of
-it. A cell is (task, seed, arm, head); a head is the seed of a reward model's new head and of the
-order of D. Its figures become rows of OUT/study.csv as soon as they are measured, and a cell that
-stands there is not run again: interrupted, the same command goes on. The primary arms of all worlds
-come first. OUT/settings.json has what was chosen on the tuning seeds. After a change of the code or
-the settings, name another --runs and --out.
-
-arms.py trains, policies.py goes on to policies, measure.py measures, page.py judges, summary.py is
-the second world.
+A cell is (task, seed, arm, head): README.md says what these are. Its figures become rows of
+OUT/study.csv as soon as they are measured, and a cell that stands there is not run again:
+interrupted, the same command goes on. The primary arms of all worlds come first. After a change of
+the code or of OUT/settings.json, name another --runs and --out.
 """
 
 import fcntl

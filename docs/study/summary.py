@@ -1,7 +1,6 @@
 """The second world: to sum up a short note. `import summary` teaches it to data.gold_reward.
 
-A customer of the first world writes about one problem; here a note of a repair shop states six
-facts, of which four matter (OOD: a note of a clinic). Prompts and responses have the same form, and
+A note of a repair shop states six facts, of which four matter (OOD: a note of a clinic).
 gold_reward(prompt, response) sees from the prompt which of the two worlds it judges.
 
     data.make_world(seed, sizes, world=summary.WORLDS["summary"])
@@ -33,9 +32,8 @@ P_FACT, P_INVENTED, P_TRIFLE = 0.60, 0.15, 0.20  # of each fact; of each that is
 WARNING_MIX = {0: 0.45, 1: 0.35, 2: 0.16, 3: 0.04}  # how many warnings
 GIST_MIX = {0: 0.60, 1: 0.35, 2: 0.05}  # how many sentences that say nothing
 
+
 # ------------------------------------------------------------------ what can be said in this world
-
-
 def table(text: str) -> dict[str, list[str]]:
     """{name: its alternatives} of lines "name: one / another"; an indented line goes on."""
     rows = [" ".join(row.split()).split(": ", 1) for row in re.split(r"\n(?=\S)", text.strip())]
@@ -88,9 +86,8 @@ KNOWN = {
     for sentence in data.sentences_of(text)
 }
 
+
 # -------------------------------------------------------------------------------------- the truth
-
-
 @functools.lru_cache(maxsize=100_000)
 def read_note(prompt: str) -> dict[str, str]:
     """{field: its value} of a note. Raises: data.Mistake for any other prompt."""
@@ -135,9 +132,8 @@ def gold_parts(prompt: str, response: str, dialogue_parts=data.gold_parts) -> di
 
 data.gold_parts = gold_parts  # data.gold_reward and data.label_pairs ask it
 
+
 # ------------------------------------------------------------------------------ how text is written
-
-
 def all_notes(domain: dict) -> list[str]:
     """Every prompt there is about the notes of a domain."""
     notes = []
