@@ -49,20 +49,21 @@ exact = metarm.meta_gradient(model, L, J, eta, "exact")[0]["weight"][0]
 new = theta - alpha * first
 
 for number, x in enumerate(S, 1):
-    show(f"S, response {number}: on topic, length, politeness", *x)
+    show(f"S, response {number}" + ": on topic, length, politeness" * (number == 1), *x)
 for pair, x in zip("ABC", [*D, *second_D], strict=True):
-    show(f"pair {pair}: chosen minus rejected", *x)
+    show(f"pair {pair}" + ": chosen minus rejected" * (pair == "A"), *x)
 show("theta", *theta)
 show("grad J", *grad_J)
 show("theta' = theta + 5 grad J", *theta_prime)
 for pair, x in zip("ABC", [*D, *second_D], strict=True):
-    for name, at in (("theta:", theta), ("theta':", theta_prime)):
-        show(f"pair {pair} at {name:7} margin, 1 - sigma(margin)", at @ x, 1 - (at @ x).sigmoid())
-show("A, B: grad L . grad J (> 0: climb raises L)", plain @ grad_J)
-show("C:    grad L . grad J (< 0: it lowers L)", second_plain @ grad_J)
+    margins = [at @ x for at in (theta, theta_prime)]
+    text = ": margin at theta, theta'; 1 - sigma" * (pair == "A")
+    show(f"pair {pair}{text}", *margins, *[1 - margin.sigmoid() for margin in margins])
+show("A, B: grad L . grad J", plain @ grad_J)  # > 0: the climb raises L
+show("C: grad L . grad J", second_plain @ grad_J)  # < 0: it lowers L
 for name, loss in (("L of A, B", L), ("L of C", second_L), ("J", J)):
     losses = [loss(lambda x, at=at: x @ at) for at in (theta, theta_prime, new)]
-    show(f"{name:9} at theta, theta', new theta", *losses)
+    show(f"{name} at theta, theta', new theta", *losses)
 show("gradient of L of A, B: at theta", *plain)
 show("    at theta' (first order)", *first)
 show("    through theta' (exact order)", *exact)

@@ -44,7 +44,9 @@ def test_numbers(output):
 
     three = (theta, theta_prime, new)
     expected = [*S, *D, *C, theta, grad_J, theta_prime]
-    expected += [(x @ at, 1 - sigmoid(x @ at)) for x in (*D, *C) for at in (theta, theta_prime)]
+    for x in (*D, *C):
+        margins = [x @ theta, x @ theta_prime]
+        expected.append([*margins, *[1 - sigmoid(margin) for margin in margins]])
     expected += [[plain @ grad_J], [plain_C @ grad_J]]
     expected += [[L(at) for at in three], [L(at, C) for at in three], [J(at) for at in three]]
     expected += [plain, first, exact, new]

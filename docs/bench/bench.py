@@ -38,7 +38,6 @@ import metarm
 import ppo
 import rm
 
-# One thread; and, as in run.sh, glibc keeps the memory of one step for the next. For both sides.
 SETTINGS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 SETTINGS |= {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 SETTINGS |= {"MALLOC_TOP_PAD_": "67108864", "TRL_EXPERIMENTAL_SILENCE": "1"}

@@ -24,12 +24,12 @@ PRIMARY, OLD = "shifted.matched", range(200, 216)
 FIRST, STALE = f"first@{CLIMB}", f"stale@{CLIMB}"
 # claim: arm, rival
 CONTRASTS = {
-    "MetaRM orders shifted samples better than a plain RM": (FIRST, "plain"),
-    "and better than with S from the SFT policy": (FIRST, STALE),
+    "MetaRM's RM orders more right than a plain RM": (FIRST, "plain"),
+    "than with S from SFT": (FIRST, STALE),
 }
 OF_POLICIES = {
-    "MetaRM's policies are better than PPO's on RM₀": (f"ppo:{FIRST}", "ppo:rm0"),
-    "and better than PPO's on plain RMs with new seeds": (f"ppo:{FIRST}", "ppo:plain"),
+    "MetaRM's policies gain more gold than PPO's on RM₀": (f"ppo:{FIRST}", "ppo:rm0"),
+    "than PPO's on plain RMs with new seeds": (f"ppo:{FIRST}", "ppo:plain"),
 }
 MARGIN, GOLD_MARGIN = 2.0, 0.2  # points, SD of gold: the least gain worth having
 Worlds = dict[int, float]  # a figure of each world, by its seed
@@ -256,10 +256,10 @@ def verdicts(table: Table, contrasts: dict, metric: str, margin: float) -> str:
     ):
         x = list(found[claim].values())
         sd = float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
-        row = [f"**{better(mean, high, p, margin)}**", show(found[claim]), f"{p:.3f}", f"{len(x)}"]
-        rows[claim] = [*row, f"{smallest_effect(sd, max(2, len(x))):.2g}"]
-    headings = "verdict, difference [95 %], p (Holm), worlds, smallest effect seen"
-    return markdown(f"claim ({table.task})", rows, headings.split(", "))
+        seen = f"{len(x)}; {smallest_effect(sd, max(2, len(x))):.2g}"
+        rows[claim] = [f"**{better(mean, high, p, margin)}**, {p:.2f}", show(found[claim]), seen]
+    headings = ["verdict, p (Holm)", "difference [95 %]", "worlds; smallest effect seen"]
+    return markdown(table.task, rows, headings)
 
 
 def grid(first: str, columns: dict[str, list[str]], rows: dict[str, tuple], figure) -> str:
