@@ -564,8 +564,8 @@ def modes(parser: argparse.ArgumentParser, names: str):
     return add
 
 
-# All numbers on command lines must be above 0, but these options may be 0. (The last two belong to
-# the study in docs/study.)
+# All numbers on command lines must be above 0, but these options may be 0. (workers: of the study
+# in docs/study.)
 ZERO = "seed eta noise max_length valid_share kl_coef gamma lam".split()
 ZERO += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
 # What an error says if memory has run out: in Python and numpy, torch and CUDA, the allocator of

@@ -332,8 +332,8 @@ def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options)
 def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]) -> None:
     """Reads short rows alone and padded together, and refuses a model whose answers differ.
 
-    A model is supported if it honours the attention mask. This also sets model.can_cache, whether it
-    can read on from a cache (for ppo.generate), and model.shares_prompts, whether it can read many
+    A model is supported if it honours the attention mask. It gets model.can_cache, whether it can
+    read on from a cache (for ppo.generate), and model.shares_prompts, whether it can read many
     responses from one prompt's cache (end of this file).
     answer: groups -> one number per row: its reward, or the log-probability of its response.
     """
