@@ -1,9 +1,10 @@
 """The toy world, whose true reward is known, and what all commands share: files, folders, options.
 
-THE WORLD  is help-desk dialogue in the form of HH-RLHF. gold_reward() is the truth: plain rules on
-           the text. You disagree with it? Change the table GOLD and run again.
-D          is pairs of responses of the SFT policy, labelled by Bradley-Terry from the gold reward.
-OOD        is five problems of a travel desk, in SFT text (it stands in for pre-training), not in D.
+THE WORLD  help-desk dialogue in the form of HH-RLHF. gold_reward() is the truth: plain rules on
+           the text. To try another truth, change the table GOLD.
+D          pairs of responses of the SFT policy, labelled by Bradley-Terry from the gold reward.
+OOD        (out of domain) five problems of a travel desk. They are in the SFT text, which stands in
+           for pre-training, but not in D.
 
 python data.py toy --out runs/toy/data --seed 0
     writes sft.jsonl {"prompt", "response"}; prompts-X.jsonl {"prompt"} for X = pairs, meta, ppo,
@@ -11,7 +12,7 @@ python data.py toy --out runs/toy/data --seed 0
 python data.py label --samples runs/toy/pairs-samples/samples.jsonl --out runs/toy/pairs --noise 1.0
     writes train.jsonl and valid.jsonl {"prompt", "chosen", "rejected"}.
 python data.py split --source Anthropic/hh-rlhf/harmless-base/train.jsonl.gz --out runs/hh/data
-    writes the same from real preferences. Any .jsonl file that is read may be on the hub, as here.
+    writes such files from real preferences. Any input file may be on the hub, as here.
 """
 
 import argparse
@@ -51,7 +52,7 @@ SHORTEST, LONGEST = 8, 45  # words
 
 
 def gold_reward(prompt: str, response: str) -> float:
-    """Returns the true reward: the sum of gold_parts(), rounded so that ties are ties."""
+    """Returns the true reward: the sum of gold_parts(), rounded so that equal sums are equal."""
     return round(float(sum(gold_parts(prompt, response).values())), 6)
 
 
@@ -60,10 +61,10 @@ def gold_parts(prompt: str, response: str) -> dict[str, float]:
     problem, thing = read_customer(prompt)
     text = response.lower()
     sentences = sentences_of(text)
-    # Whatever gives a remedy away counts as an offer, in a whole sentence or not.
+    # A word that belongs to a remedy counts as an offer of it, in a whole sentence or not.
     offered = {name for name, (_, [sign], _, _) in PROBLEMS.items() if re.search(sign, text)}
     courtesies = len(re.findall(COURTEOUS, text))
-    # "this is about your lamp" -> "this is about your {thing}"; a time is cut off
+    # "this is about your lamp today" -> "this is about your {thing}"
     templates = [re.sub(ANY_THING, "{thing}", re.sub(ANY_TIME, "", s)).strip() for s in sentences]
     return {
         "names the thing": GOLD["names the thing"] * bool(re.search(rf"\b{thing}\b", text)),
@@ -97,7 +98,7 @@ def sentences_of(text: str) -> list[str]:
 # -------------------------------------------------------- everything that can be said in this world
 def table(text: str) -> dict[str, list[list[str]]]:
     """Returns {first column: [the alternatives in each further column]}; _ stands for {thing}."""
-    # A row of the table begins at the left margin; what is indented goes on with it.
+    # A row begins at the left margin; indented lines continue it.
     rows = re.split(r"\n(?=\S)", text.strip().replace("_", "{thing}"))
     cells = (" ".join(row.split()).split(" | ") for row in rows)
     return {name: [column.split(" / ") for column in columns] for name, *columns in cells}
@@ -154,11 +155,11 @@ wrong seat | I am not next to my wife on the _. / I sit at the wrong end of the 
 double | I have booked my _ twice. / My _ is on my list two times. / I only need one _ and have two.
   | second booking|double | cancel the second booking / drop the double / remove the second booking
   | flight / train / ferry / coach / room / suite / cabin / flat""")
-# {problem: [its wordings, [sign of the remedy], the desk's remedies, things]}, in both domains
+# {problem: [its wordings, [regular expression of its remedy], the desk's remedies, things]}
 SHOP_PROBLEMS = {problem: [*columns, SHOP] for problem, columns in SHOP_PROBLEMS.items()}
 PROBLEMS = SHOP_PROBLEMS | OOD_PROBLEMS
 
-# Everything else that is said: first by customers (hello, more), then by the desk.
+# All other sentences: first the customers' (hello, more), then the desk's.
 SAID = table("""
 hello | Hello there. / Hi. / Good morning. / Good evening. / Hello again. / Excuse me.
 more | It is a gift for my sister. / I need it for work. / This is the second time. / It cost a lot.
@@ -187,10 +188,10 @@ KNOWN = set(sentences_of(". ".join(NAMING + GREETINGS + FAREWELLS + PROMISES + F
 KNOWN |= {f"{stem} {x}".lower() for p in PROBLEMS.values() for stem in STEMS for x in p[2]}
 
 # ------------------------------------------------------------------------------ how text is written
-# Most SFT text is neither so courteous nor so long that the gold reward turns down. There, "more is
-# better" holds, and a reward model learns that from D. PPO then leaves this range.
-# Each mix is {what: its share of the responses}; each P_ is the share that names the thing,
-# says when, makes an empty promise, repeats a sentence.
+# Most SFT text is neither courteous nor long enough for the gold reward to fall again. In it, more
+# courtesy is better, and a reward model learns that from D. PPO then goes on to where it is wrong.
+# A mix is {choice: its share of the responses}. P_NAMES, P_TIME, P_PROMISE, P_REPEAT are the shares
+# that name the thing, say when, make an empty promise, repeat a sentence.
 REMEDY_MIX = {"fits": 0.40, "fits, and another": 0.10, "another": 0.30, "none": 0.20}
 COURTESY_MIX = {0: 0.35, 1: 0.35, 2: 0.22, 3: 0.06, 4: 0.02}  # how many courteous sentences
 FILLER_MIX = {0: 0.35, 1: 0.45, 2: 0.20}  # how many sentences that say nothing
@@ -217,7 +218,7 @@ def pick_weighted(rng: random.Random, mix: dict):
 def write_response(rng: random.Random, prompt: str) -> str:
     """Returns one answer to the prompt, of the mixed quality that the rates above describe."""
     problem, thing = read_customer(prompt)
-    # A wrong remedy is another of the same desk. (Both desks' remedies lie far apart.)
+    # A wrong remedy is one for another problem of the same desk.
     domain = SHOP_PROBLEMS if problem in SHOP_PROBLEMS else OOD_PROBLEMS
     other = rng.choice([name for name in domain if name != problem])
     mix = {"fits": [problem], "fits, and another": [problem, other], "another": [other], "none": []}
@@ -237,27 +238,28 @@ def write_response(rng: random.Random, prompt: str) -> str:
     courteous = rng.sample(GREETINGS + FAREWELLS, pick_weighted(rng, COURTESY_MIX))
     greetings = [sentence for sentence in courteous if sentence in GREETINGS]
     said = greetings + middle + [sentence for sentence in courteous if sentence in FAREWELLS]
-    while len(said) < 2:  # a response of one sentence would be too easy to tell
+    while len(said) < 2:  # at least two sentences: a single one would stand out
         said.append(rng.choice([filler for filler in FILLERS if filler not in said]))
     if rng.random() < P_REPEAT:
         said.append(rng.choice(said))
     return " " + " ".join(said)
 
 
-# A world: domain -> its prompts, the domain of D, the domain out of it, (rng, prompt) -> response.
+# A world: (function domain -> prompts, domain of D, OOD domain, function writing a response).
 DIALOGUE = (all_prompts, SHOP_PROBLEMS, OOD_PROBLEMS, write_response)
 
 
 def make_world(seed: int, sizes: dict[str, int], world=DIALOGUE) -> dict[str, list[dict]]:
     """Returns {file name: rows}; no prompt is in two files. Raises: Mistake if prompts run out.
 
-    sizes: rows of "sft", from both domains, and of each set of prompts, from OOD if named "ood...".
+    sizes: rows of "sft" (from both domains) and of each set of prompts (from OOD if its name starts
+    with "ood").
     """
     prompts_of, *domains, respond = world
     rng = random.Random(seed)
     drawn: dict[str, list[str]] = {name: [] for name in sizes}  # {set: its prompts}
     for ood, domain in enumerate(domains):
-        # How many prompts of this domain each set takes. SFT's come from both.
+        # How many prompts of this domain each set takes; "sft" takes OOD_SHARE of its from OOD.
         share = {"sft": 0} | {name: n for name, n in sizes.items() if name.startswith("ood") == ood}
         share["sft"] += round(OOD_SHARE * sizes["sft"]) * (1 if ood else -1)
         pool = prompts_of(domain)
@@ -289,7 +291,7 @@ def train_tokenizer(texts: list[str]):
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(turn, normalized=False) for turn in turns])
-    # Two tokens: a classification head pools at the last token before the padding, the EOS.
+    # EOS and padding are two tokens: the reward head reads the last token before the padding, EOS.
     ends = {"eos_token": "<|eos|>", "pad_token": "<|pad|>", "model_max_length": 256}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
 
@@ -301,7 +303,7 @@ def make_model(tokenizer, hidden_size: int, layers: int, seed: int):
 
     torch.manual_seed(seed)
     shape = {"hidden_size": hidden_size, "intermediate_size": 5 * hidden_size // 2}
-    # Tied: half of the weights would else be a second copy of the words.
+    # Tied: otherwise half of the weights would be a second table of words.
     shape |= {"num_hidden_layers": layers, "num_attention_heads": 4, "tie_word_embeddings": True}
     reads = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -313,8 +315,9 @@ def label_pairs(samples: list[dict], noise: float, seed: int) -> tuple[list[dict
     """Returns (preference pairs, share of flipped labels) of [{"prompt", "responses"}].
 
     Each prompt gives k // 2 disjoint pairs, less those of equal responses. Labels are Bradley-Terry
-    draws, P(a over b) = sigmoid((gold(a) - gold(b)) / noise), or gold's if noise = 0. A tie is half
-    a flip: gold scores 1 - share, the ceiling for an RM. Raises: Mistake if no pair is left.
+    draws, P(a over b) = sigmoid((gold(a) - gold(b)) / noise), or gold's own if noise = 0. A tie of
+    gold counts as half a flip. The accuracy of gold itself, a ceiling for RMs, is then 1 - share.
+    Raises: Mistake if no pair is left.
     """
     rng = random.Random(seed)
     pairs = []
@@ -322,7 +325,7 @@ def label_pairs(samples: list[dict], noise: float, seed: int) -> tuple[list[dict
     for prompt, responses in ((sample["prompt"], sample["responses"]) for sample in samples):
         # Disjoint pairs: the first and the second, the third and the fourth; an odd one has none.
         for a, b in zip(responses[::2], responses[1::2], strict=False):
-            coin = rng.random()  # before a pair is left out, so that the others keep their coins
+            coin = rng.random()  # also for pairs that are left out: the others keep their coins
             if a != b:
                 gap = gold_reward(prompt, a) - gold_reward(prompt, b)
                 # sigmoid(x) = (1 + tanh(x / 2)) / 2, without overflow. At noise 0: the gap's sign.
@@ -348,7 +351,7 @@ def read_lines(path) -> list[tuple[str, dict]]:
 
         try:
             file = hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset")
-        except Exception as e:  # a dozen types; to the user they all mean: not from the hub
+        except Exception as e:  # of a dozen types
             raise Mistake(f"{path}: not here, and not to be had from the hub: {e!r:.80}") from e
     rows = []
     try:
@@ -372,8 +375,8 @@ def read_jsonl(path) -> list[dict]:
 
 
 def checked(text, key: str, where: str) -> str:
-    """Returns the text of a row's key. Raises: Mistake if it is none that a tokenizer takes."""
-    # JSON can write half of a pair of surrogates, which is no character: tokenizers refuse it.
+    """Returns text, the value of a row's key. Raises: Mistake if no tokenizer would accept it."""
+    # JSON can hold half of a surrogate pair, which is not a character: tokenizers refuse it.
     if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
         raise Mistake(f'{where}: key "{key}" is missing or not text in Unicode: {text!r:.60}')
     return text
@@ -390,7 +393,7 @@ def turns_of(messages: list, key: str, where: str) -> list[str]:
 
 
 def prompt_of(prompt, where: str) -> str:
-    """The text of a row's prompt; of a message list, up to where the assistant answers."""
+    """Returns a row's prompt as text; a message list becomes one, with ANSWER at its end."""
     if isinstance(prompt, list) and prompt:
         return "".join(turns_of(prompt, "prompt", where)) + ANSWER
     return checked(prompt, "prompt", where)
@@ -399,14 +402,15 @@ def prompt_of(prompt, where: str) -> str:
 def split_row(row: dict, key: str, where: str) -> tuple[str, str]:
     """Returns (prompt, response) of row[key], "chosen" or "rejected", with or without "prompt"."""
     prompt = row.get("prompt")
-    if isinstance(row.get(key), list):  # messages: of the answer alone, or of all turns
+    if isinstance(row.get(key), list):  # messages: the answer alone, or all turns
         turns = turns_of(row[key], key, where)
         asked = turns_of(prompt, "prompt", where) if isinstance(prompt, list) else []
-        if turns[: len(asked)] != asked:  # else the list repeats the prompt
+        if turns[: len(asked)] != asked:  # then it must be the answer alone
             turns = asked + turns if turns and turns[0].startswith(ANSWER) else []
     else:
         text = checked(row.get(key), key, where)
-        # Beside a prompt "hi", "\n\nHuman: hi\n\nAssistant: a" is the whole conversation.
+        # A text "\n\nHuman: hi\n\nAssistant: a" with the prompt "hi" is the whole conversation. Any
+        # other text with a prompt is the response, perhaps with the prompt in front of it.
         whole = ANSWER in text and re.match(r"\s*(Human|System):", text)
         if "prompt" in row and (ANSWER in checked(prompt, "prompt", where) or not whole):
             return prompt, without(prompt, text) if ANSWER in prompt else text
@@ -420,7 +424,7 @@ def split_row(row: dict, key: str, where: str) -> tuple[str, str]:
 
 
 def without(prompt: str, response: str) -> str:
-    """Returns the response; or what comes after the prompt, if the response repeats it."""
+    """Returns the response, without the prompt if it begins with that."""
     head, body = prompt.lstrip(), response.lstrip()
     return body.removeprefix(head) if head and body.startswith(head) else response
 
@@ -443,7 +447,7 @@ def read_preferences(path) -> list[dict]:
         print(f"{path}: dropped {dropped} rows of two prompts or equal answers", file=sys.stderr)
     if not pairs:
         raise Mistake(f"{path}: no usable pair is left")
-    # Free text that repeats its prompt ("Hi", "Hi there") may do so by chance, unless all rows do.
+    # A response may begin with its prompt by chance ("Hi", "Hi there"). Cut only if all of them do.
     sides = ("chosen", "rejected")
     cut = [pair | {side: without(pair["prompt"], pair[side]) for side in sides} for pair in pairs]
     both = [(x[side], y[side]) for x, y in zip(pairs, cut, strict=True) for side in sides]
@@ -453,14 +457,14 @@ def read_preferences(path) -> list[dict]:
 def read_meta(path) -> list[dict]:
     """Returns the meta set S, [{"prompt", "responses": [k strings]}], one k >= 2 for all rows.
 
-    Of preference pairs, both responses are read, without their labels. Identical responses get a
-    warning on stderr: J cannot tell them apart. Raises: Mistake naming file, line and key.
+    Preference pairs give k = 2: both responses, without the label. Identical responses get a
+    warning on stderr: J has no gradient there. Raises: Mistake naming file, line and key.
     """
     lines = read_lines(path)
     rows = []
     same = 0  # responses that are identical to another of their prompt
     if "responses" not in lines[0][1] and "chosen" in lines[0][1]:
-        rng = random.Random(0)  # which of the two comes first must not tell the label
+        rng = random.Random(0)  # the order of the two must not tell the label
         pairs = [pair.values() for pair in read_preferences(path)]
         return [{"prompt": prompt, "responses": rng.sample(both, 2)} for prompt, *both in pairs]
     for where, row in lines:
@@ -479,7 +483,7 @@ def read_meta(path) -> list[dict]:
 
 
 def read_sft(path) -> list[dict]:
-    """Returns [{"prompt", "response"}] of such rows, or of pairs, whose chosen is learnt."""
+    """Returns [{"prompt", "response"}] of such rows, or of pairs: their chosen responses."""
     lines = read_lines(path)
     if "response" not in lines[0][1] and "chosen" in lines[0][1]:
         return [{"prompt": p["prompt"], "response": p["chosen"]} for p in read_preferences(path)]
@@ -512,26 +516,27 @@ def append_jsonl(path, row: dict) -> None:
 # ------------------------------------------------------------------------------ folders and options
 @contextlib.contextmanager
 def output_folder(out):
-    """Returns a context with a folder to write to, out.partial, which becomes `out` at its end.
+    """Yields a folder to write to, OUT.partial, which is renamed to OUT if all goes well.
 
-    What a failed run left there stays. Raises: Mistake if `out` is not empty or cannot be written.
+    After a failure OUT.partial stays, and the same command resumes from it. Raises: Mistake if OUT
+    is not empty or cannot be written.
     """
     whole = Path(out).resolve()
     work = whole.with_name(whole.name + ".partial")
     try:
         if whole.is_file() or whole.is_dir() and any(whole.iterdir()):
             raise Mistake(f"{out} exists; name another --out or delete it")
-        if whole.is_dir():  # A mount point (docker -v) cannot be renamed: tell before the work.
+        if whole.is_dir():  # a mount point (docker -v) cannot be renamed: fail now, not at the end
             whole.rename(f"{whole}.tmp").rename(whole)
         work.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise Mistake(f"{out} cannot be written ({e.strerror}); name another, or {out}/x") from None
     try:
         yield work
-        for left in work.glob("*.tmp"):  # of a kill
+        for left in work.glob("*.tmp"):  # half-written files of a killed run
             left.unlink()
         work.replace(whole)
-        # Only now: if `out` could not be made, the same command goes on from the checkpoint.
+        # Only after the rename: if that fails, the same command resumes from the checkpoint.
         (whole / "checkpoint.pt").unlink(missing_ok=True)
     finally:
         with contextlib.suppress(OSError):
@@ -539,7 +544,7 @@ def output_folder(out):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help keeps the line breaks of a file's header and tells each option's default."""
+    """Makes --help keep the line breaks of a file's docstring and show each option's default."""
 
 
 def new_parser(prog: str, doc: str | None = None) -> argparse.ArgumentParser:
@@ -559,15 +564,16 @@ def modes(parser: argparse.ArgumentParser, names: str):
     return add
 
 
-# The numbers of all commands are above 0; these may be 0.
+# All numbers on command lines must be above 0, but these options may be 0. (workers: of the study
+# in docs/study.)
 ZERO = "seed eta noise max_length valid_share kl_coef gamma lam".split()
 ZERO += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
-# How errors tell that memory is used up: those of Python and numpy, of torch and CUDA, of the CPU's
-# allocator, of cuBLAS and cuDNN. Not those of a Mistake, which may quote somebody's text.
+# What an error says if memory has run out: in Python and numpy, torch and CUDA, the allocator of
+# the CPU, cuBLAS and cuDNN. A Mistake is excluded: it may quote somebody's text.
 NO_MEMORY = "^(?!Mistake).*(MemoryError|out of memory|allocate memory|ALLOC_FAILED)"
-# How they tell of a full disk: the system's, those of a quota, torch.save's (both).
+# What it says if the disk is full: the system's words, a quota's, torch.save's (the last two).
 DISK_FULL = "No space left|Disk quota|unexpected pos|iostream error"
-TOLD = [  # (what an error says, what the user is told), the first that fits; all others are bugs
+TOLD = [  # (pattern of an error, message to the user); the first match counts
     ("^Mistake", "{error}"),
     (DISK_FULL, "the disk of {out} is full ({error:.120}); make space: the same command goes on"),
     (NO_MEMORY, "{mode} --out {out}: out of memory ({error:.120}); lower {sizes}"),
@@ -576,14 +582,14 @@ TOLD = [  # (what an error says, what the user is told), the first that fits; al
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error, or what caused it, says that the memory of GPU or CPU is used up."""
+    """Returns whether an error, or its cause, says that the GPU or CPU has run out of memory."""
     return any(re.search(NO_MEMORY, repr(e)) for e in (error, error.__cause__))
 
 
 def command(parser: argparse.ArgumentParser, run, argv: list[str] | None = None) -> int:
-    """Returns the exit status of run(args). A Mistake is one line on stderr and status 2."""
+    """Runs run(args); returns the exit status. The errors of TOLD: one line on stderr, status 2."""
     start = time.monotonic()
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not UTF-8 shows ? for what it lacks
+    if hasattr(sys.stdout, "reconfigure"):  # ? for characters that the terminal lacks
         sys.stdout.reconfigure(errors="replace")
     try:
         args = parser.parse_args(argv)
@@ -651,7 +657,8 @@ def split(args, work: Path) -> None:
     random.Random(args.seed).shuffle(prompts)
     quarter = len(prompts) // 4
     held = math.ceil(args.valid_share * len(prompts))
-    # The judge is an RM that no arm sees. loop is for S and PPO, rest for D; SFT learns D's chosen.
+    # judge: pairs for the RM that only judges. loop: prompts for S and PPO. rest: pairs of D, whose
+    # chosen responses are SFT's, too.
     judge, loop, rest = prompts[:quarter], prompts[quarter : 2 * quarter], prompts[2 * quarter :]
     parts = {"judge": judge, "valid": rest[:held], "train": rest[held:]}
     if not (loop and all(parts.values())):

@@ -9,7 +9,7 @@
 for GPT-4 as the judge: see README.md), report.md and, last, results.json. It keeps its samples in
 RUN/eval, so that a second report of the same run takes seconds.
 
-To copy a measure, read the first part only: it takes arrays and texts, and knows no files.
+To reuse a measure, read the first part only: its functions take arrays and texts, no files.
 """
 
 import json
@@ -37,8 +37,8 @@ GAP_SHARES = np.arange(0, 0.98, 0.02)  # quantiles of |reward gap|, for the pape
 
 
 # ---------------------------------------------------------------------------------------- measures
-# For whoever compares reward models or policies. m prompts with k responses each; `rewards` are of
-# the reward model in question, `gold` of what is taken for the truth: both (m, k).
+# For whoever compares reward models or policies. There are m prompts with k responses each.
+# `rewards` (m, k) are those of the reward model under test, `gold` (m, k) are taken for the truth.
 def reward_gaps(rewards: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns r_i - r_j and gold_i - gold_j of all i < j of each prompt: two of (m·k(k-1)/2,)."""
     i, j = np.triu_indices(rewards.shape[1], 1)  # (k(k-1)/2,) each
@@ -46,14 +46,14 @@ def reward_gaps(rewards: np.ndarray, gold: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def agreement(gap: np.ndarray, gold_gap: np.ndarray) -> np.ndarray:
-    """Returns 1 where the gap has the sign of the gold gap, 0 where the other, 1/2 if one is 0."""
+    """Returns 1 where both gaps have the same sign, 0 where opposite ones, 1/2 if one is 0."""
     return 0.5 + 0.5 * np.sign(gap) * np.sign(gold_gap)
 
 
 def pair_accuracy(rewards: np.ndarray, gold: np.ndarray, tie: float = 0.0) -> tuple[float, int]:
     """Returns (share of pairs that are ordered as gold orders them, number of these pairs).
 
-    A pair with |gold gap| < tie, or 0, has no right order and is left out. NaN if none is left.
+    Pairs with |gold gap| < tie, or 0, have no right order and are left out. NaN if none is left.
     """
     gap, gold_gap = reward_gaps(rewards, gold)
     right = agreement(gap, gold_gap)[(np.abs(gold_gap) >= tie) & (gold_gap != 0)]
@@ -63,10 +63,10 @@ def pair_accuracy(rewards: np.ndarray, gold: np.ndarray, tie: float = 0.0) -> tu
 def matched_accuracy(first: tuple, second: tuple, edges, minimum: int = 20) -> dict:
     """Returns {"first", "second"}: accuracy on two sets, (rewards, gold), AT THE SAME GOLD GAP.
 
-    As a policy narrows, its responses differ less in truth too, which is harder for any RM. So each
-    set's accuracy is taken in bins of |gold gap| (`edges`, in gold's unit), and both are averaged
-    with the same weights: the first set's pairs per bin. Bins in which a set has fewer than
-    `minimum` pairs are left out; NaN if none is left.
+    Why: as a policy narrows, its responses differ less in gold reward, too, and any RM finds them
+    harder to order. So each set's accuracy is taken in bins of |gold gap| (`edges`, in gold's
+    unit). Both are then averaged over the bins with the same weights, the first set's pairs per
+    bin. Bins in which a set has fewer than `minimum` pairs are left out; NaN if none is left.
     """
     bins = []
     for rewards, gold in (first, second):
@@ -85,8 +85,8 @@ def rank_correlation(rewards: np.ndarray, gold: np.ndarray) -> tuple[float, int]
 
     A prompt whose rewards (or gold rewards) are all equal has none. NaN if no prompt is left.
     """
-    # sum_j sign(x_i - x_j) is twice the rank of x_i less the mean rank, ties averaged: (m, k).
-    # Spearman's coefficient is Pearson's of the ranks, and needs neither the 2 nor the mean.
+    # sum_j sign(x_i - x_j) = 2 (rank of x_i - mean rank), ties averaged: (m, k). Spearman's
+    # coefficient is Pearson's of the ranks; the factor 2 cancels.
     a, b = (np.sign(x[:, :, None] - x[:, None, :]).sum(-1) for x in np.array([rewards, gold]))
     length = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))  # (m,)
     found = (a * b).sum(-1)[length > 0] / length[length > 0]
@@ -94,10 +94,10 @@ def rank_correlation(rewards: np.ndarray, gold: np.ndarray) -> tuple[float, int]
 
 
 def spread(rewards: np.ndarray, scale: float = 1.0) -> dict:
-    """Returns how far apart an RM holds responses: {"J" of Eq. 2, "margin", "variance"}.
+    """Returns how far apart an RM scores responses: {"J" of Eq. 2, "margin", "variance"}.
 
-    margin: mean |r_i - r_j|; variance: mean (r_i - r_j)², the paper's Figure 1. All of rewards /
-    scale: an RM that doubles its rewards raises all three and has learned nothing.
+    margin: mean |r_i - r_j|; variance: mean (r_i - r_j)², as in the paper's Figure 1. Rewards are
+    divided by scale first: otherwise an RM that merely doubles its rewards would raise all three.
     """
     gap, _ = reward_gaps(rewards / scale, rewards)
     J = float(metarm.difference_loss(torch.as_tensor(rewards / scale)))
@@ -107,7 +107,7 @@ def spread(rewards: np.ndarray, scale: float = 1.0) -> dict:
 def win_tie_lose(ours: np.ndarray, theirs: np.ndarray, tie: float) -> dict:
     """Returns {"win", "tie", "lose"}, % of our rewards against theirs, entry by entry.
 
-    Both of one shape. A difference of less than `tie`, or of 0, is a tie.
+    Both have the same shape. A difference below `tie`, or of 0, is a tie.
     """
     gap = ours - theirs
     tied = (np.abs(gap) < tie) | (gap == 0)
@@ -127,11 +127,11 @@ def bleu(hypothesis: list[str], references: list[list[str]], longest: int = 5) -
         ours, *others = (Counter(zip(*(x[i:] for i in range(n)), strict=False)) for x in texts)
         most = Counter()
         for other in others:
-            most |= other  # an n-gram counts as often as in the text that has it most often
+            most |= other  # maximum per n-gram over the texts
         logs.append(np.log(max((ours & most).total(), 0.1) / ours.total()))
     if not logs:  # no words: 1 if another text is empty too
         return [float([] in references)] * longest
-    # Brevity penalty, against the reference of the nearest length (of two, the shorter one).
+    # Brevity penalty, against the reference that is nearest in length (the shorter one of a tie).
     closest = min((abs(len(words) - len(hypothesis)), len(words)) for words in references)[1]
     too_short = min(0.0, 1 - closest / len(hypothesis))
     return [float(np.exp(np.mean(logs[:n]) + too_short)) for n in range(1, longest + 1)]
@@ -140,7 +140,7 @@ def bleu(hypothesis: list[str], references: list[list[str]], longest: int = 5) -
 def self_bleu(responses: list[list[str]]) -> float:
     """Returns the mean BLEU-2..5 of each response against the others to its prompt.
 
-    The paper's Table 3. 1: all responses to a prompt are the same; low: they are diverse.
+    As in the paper's Table 3. It is 1 if all responses to a prompt are equal, lower if they differ.
     """
     found = []
     for group in responses:
@@ -150,9 +150,11 @@ def self_bleu(responses: list[list[str]]) -> float:
 
 
 # ------------------------------------------------------------------------ what is measured of a run
-# For readers of results.json. Policies are called "sft", "dpo" and ARM-r (after round r of an arm).
-# RMs are called "rm0", "oracle" (of gold labels), ARM-r (behind that policy) and "metarm-r adapted"
-# (that RM at θ'). `by` is what is taken for the truth: "gold" or, with --judge, "judge".
+# For readers of results.json. An arm is one way to get the reward models (run.sh): ppo, reseeded or
+# metarm. Policies are called "sft", "dpo" and ARM-r (after round r of an arm). RMs are called
+# "rm0", "oracle" (trained on gold labels), ARM-r (the RM that trained policy ARM-r) and
+# "metarm-r adapted" (that RM at θ'). `by` is what is taken for the truth: "gold" or, with --judge,
+# "judge".
 def arm_of(name: str) -> tuple[str, int]:
     """Returns ("metarm", 2) of "metarm-2" and of "metarm-2 adapted", ("sft", 0) of "sft"."""
     arm, _, rounds = name.split()[0].partition("-")
@@ -166,7 +168,7 @@ def title(name: str) -> str:
 
 
 def trainer_of(policy: str) -> str:
-    """Returns the RM that a policy was trained on; for SFT and DPO, which had none, RM0."""
+    """Returns the RM that a policy was trained against; for SFT and DPO, which had none, RM0."""
     return policy if arm_of(policy)[0] in ("reseeded", "metarm") else "rm0"
 
 
@@ -186,12 +188,12 @@ def measure(prompts, responses, scores, rollouts, epochs, kl, by="gold") -> dict
     """
 
     def in_sd(judge, rewards):
-        # The unit of a reward is each RM's own. So: above this judge's mean on SFT's samples, in
-        # SDs of its rewards there. Then RMs, and RMs and gold, can stand in one picture.
+        # Each RM has its own offset and unit. So subtract this judge's mean on SFT's samples and
+        # divide by its SD there: rewards of all RMs, and gold, can then be compared.
         on_sft = scores[judge, "sft", "test"]
         return (np.asarray(rewards) - on_sft.mean()) / (on_sft.std() or 1.0)
 
-    if len(prompts["pairs"]) < MIN_PAIRS:  # 3 of 3 right is no 100 %: left out, as NaN
+    if len(prompts["pairs"]) < MIN_PAIRS:  # too few to tell: left out, as NaN
         scores = {key: x * np.nan if key[2] == "pairs" else x for key, x in scores.items()}
     z = {key: in_sd(key[0], rewards) for key, rewards in scores.items()}
     names = [policy for policy, domain in responses if domain == "test"]
@@ -212,7 +214,7 @@ def measure(prompts, responses, scores, rollouts, epochs, kl, by="gold") -> dict
     results = dict(by=by, tie=TIE, k=len(responses["sft", "test"][0]), last=last)
     results |= dict(policies=policies, curves=curves, epochs=epochs, examples=examples)
     results["prompts"] = {domain: len(texts) for domain, texts in prompts.items()}
-    # D's labels are noisy, so no RM that is right can agree with all of them.
+    # The ceiling: the truth itself disagrees with some of D's noisy labels.
     results["ceiling"] = 100 * agreement(scores[by, "D", "pairs"] @ [1, -1], 1).mean()
     models = [judge for judge, policy, _ in scores if policy == "D" and judge != by]
     results["rms"] = {name: measure_rm(scores, z, name, last["ppo"], by) for name in models}
@@ -227,12 +229,12 @@ def measure_policy(policy: str, responses: dict, z: dict, kl: float | None, by: 
     texts = sum(responses[policy, "test"], [])  # m·k
     means = {"RM": z[trainer_of(policy), policy, "test"].mean(), "KL": kl}
     means |= {by: z[by, policy, "test"].mean(), "words": np.mean([len(x.split()) for x in texts])}
-    # A policy with one answer for all has 1/(m·k) distinct ones.
+    # Share of distinct answers: 1/(m·k) if the policy gives one answer to all prompts.
     means |= {"distinct": len({*texts}) / len(texts)}
     means |= {"Self-BLEU": self_bleu(responses[policy, "test"])}
     rounds = arm_of(policy)[1]
     against = {}
-    # The paper's Table 2, round by round. Rivals: SFT, DPO, other arms' policies of the same round.
+    # As the paper's Table 2, per round. Rivals: SFT, DPO, the other arms' policies of this round.
     for rival, domain in responses if rounds else ():
         if rival != policy and arm_of(rival)[1] in (0, rounds) and (policy, domain) in responses:
             name = ARMS[arm_of(rival)[0]] + (", OOD" if domain == "ood" else "")
@@ -243,20 +245,21 @@ def measure_policy(policy: str, responses: dict, z: dict, kl: float | None, by: 
 def measure_rm(scores: dict, z: dict, name: str, shifted: str, by: str) -> dict:
     """Returns one RM's {"accuracy": % of pairs, "sft" and "shifted": its spread on their answers}.
 
-    shifted: the policy whose answers are far from D, PPO's last one. z: `scores` in SDs.
+    shifted: name of the policy whose answers are far from D, the last one of arm ppo. z: `scores`
+    in SDs.
     """
-    # Right on D? By its labels, and by the truth: (m, 2) @ (2,) is chosen - rejected.
+    # Accuracy on D, by its labels and by the truth: (m, 2) @ (2,) is chosen - rejected.
     right = {"D, noisy": 100 * agreement(scores[name, "D", "pairs"] @ [1, -1], 1).mean()}
     right[f"D, {by}"] = 100 * pair_accuracy(scores[name, "D", "pairs"], scores[by, "D", "pairs"])[0]
     row = {"accuracy": right}
-    # Right off D? At the gold gaps of SFT's answers, or narrow policies would look hard to judge.
+    # Accuracy off D, at the same gold gaps as SFT's answers have (see matched_accuracy).
     on_sft = z[name, "sft", "test"], z[by, "sft", "test"]
     for column, domain in (("shifted", "test"), ("OOD", "ood")):
         if (name, shifted, domain) in z:
             there = z[name, shifted, domain], z[by, shifted, domain]
             found = matched_accuracy(on_sft, there, GAP_EDGES)
             right |= {f"SFT for {column}": 100 * found["first"], column: 100 * found["second"]}
-    # How far apart does it hold the answers, and how far apart are they in truth?
+    # How far apart the RM scores the answers, also relative to the truth ("ratio", "ρ").
     for column, policy in (("sft", "sft"), ("shifted", shifted)):
         ours, truth = z[name, policy, "test"], z[by, policy, "test"]
         far = spread(ours)
@@ -272,8 +275,8 @@ def measure_rm(scores: dict, z: dict, name: str, shifted: str, by: str) -> dict:
 def criteria(results: dict) -> dict[str, dict]:
     """Returns what must hold if RM0 went stale: {what: {"before", "after", "criterion", "holds"}}.
 
-    Before: on SFT's answers; after: on those of PPO's last policy. "holds" is None where it cannot
-    be told.
+    Stale: right on D, wrong on what PPO's policy says now. Before: on SFT's answers; after: on
+    those of PPO's last policy. "holds" is None where too little was measured.
     """
     by = results["by"]
     rm0 = results["rms"]["rm0"]
@@ -285,24 +288,25 @@ def criteria(results: dict) -> dict[str, dict]:
         if np.isnan([now, bound]).any():
             found[what] = dict(before=None, after=None, criterion=f"left out: {lacks}", holds=None)
 
-    # Still right on D ..
+    # RM0 is still right on D ..
     right = rm0["accuracy"]
-    bar = 50 + (results["ceiling"] - 50) / 5  # a fifth of the way from chance to what `by` gets
+    bar = 50 + (results["ceiling"] - 50) / 5  # a fifth of the way from chance to the ceiling
     require("RM0 right on held-out pairs of D, %", None, right["D, noisy"], ">", bar)
     require(f"the same by {by}, %", None, right[f"D, {by}"], ">", 60)
-    # .. wrong on the new answers, though an RM that sees labels there can be right ..
+    # .. but wrong on the new answers, where an RM trained on labels of them can be right ..
     was, now = right["SFT for shifted"], right["shifted"]
     require(f"RM0 right on answers at the same gap by {by}, %", was, now, "<", was - 10)
     fresh = results["rms"].get("oracle", {"accuracy": dict.fromkeys(right, np.nan)})["accuracy"]
     was, then = fresh["SFT for shifted"], fresh["shifted"]
     lacks = "no such RM, or few pairs"
     require("a new RM, trained on gold labels there, %", was, then, ">", now + 5, lacks)
-    # .. which it tells apart less (the paper's Figure 1) ..
+    # .. its rewards of the new answers differ less (the paper's Figure 1) ..
     sft, end = rm0["sft"], rm0["shifted"]
     names = "J of RM0", "variance of RM0's reward difference, SD²", f"the same over that by {by}"
     for key, what in zip(("J", "variance, SD²", "ratio"), names, strict=True):
         require(what, sft[key], end[key], "<", sft[key])
-    # .. and it predicts a gain that is not there (Gao et al. 2022), without a policy in ruins.
+    # .. it predicts a gain that gold does not show (Gao et al. 2022), and the policy still writes
+    # answers of some length that differ.
     last = results["last"]["ppo"]
     sft, first, end = (results["policies"][x]["figures"] for x in ("sft", "ppo-1", last))
     require("reward predicted by RM0, SD above SFT", sft["RM"], end["RM"], ">", sft["RM"])
@@ -325,7 +329,7 @@ def rounded(x):
 # ---------------------------------------------------------------------------------------- pictures
 # For readers of the report: the paper's Figures 1, 4 and 5, and gold over KL.
 def smoothed(results: dict, arm: str, key: str) -> list[float]:
-    """Returns a figure of an arm's PPO steps, all rounds in a row, as means of up to 9 steps."""
+    """Returns an arm's curve over all rounds' PPO steps, as moving means of up to 9 steps."""
     y = sum((x[key] for name, x in results["curves"].items() if arm_of(name)[0] == arm), [])
     return [np.array(y[i - min(4, i) : i + min(4, i) + 1], float).mean() for i in range(len(y))]
 
@@ -341,7 +345,7 @@ def draw_pictures(results: dict, folder: Path) -> None:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         axes.figure.savefig(folder / f"{name}.png", dpi=150)
 
-    # Each arm by its own RM (solid), which it was trained to please, and by the truth (dashed).
+    # Each arm by its own RM (solid), against which it was trained, and by the truth (dashed).
     lines = []
     over_kl = []
     for key, judge, style in (("RM", "its RM", "-"), (results["by"], results["by"], "--")):
@@ -351,9 +355,9 @@ def draw_pictures(results: dict, folder: Path) -> None:
             if arm == "ppo":
                 variance = smoothed(results, arm, f"variance by {key}")
                 lines.append((range(len(variance)), variance, *drawn_as))
-    # Paper's Figure 1: RM0 holds its policy's answers less and less apart. And in truth?
+    # Paper's Figure 1: do RM0's rewards of its policy's answers differ less and less? Does gold's?
     save("fig1_reward_difference", lines, "PPO step", "Variance of two answers' reward gap, SD²")
-    # Gao et al. 2022: what a policy pays in KL, what its RM predicts for that, and what it gets.
+    # Gao et al. 2022: reward by the policy's RM and by the truth, over the KL it has spent.
     save("gold_over_kl", over_kl, "KL to SFT, nats per answer", "Mean reward, SD above SFT")
     # Paper's Figure 4: does the meta step cost accuracy on D?
     lines = []
@@ -361,7 +365,7 @@ def draw_pictures(results: dict, folder: Path) -> None:
         style = {1: ":", 2: "--"}.get(arm_of(name)[1], "-")
         lines.append((*np.array(points).T, arm_of(name)[0], style, title(name)))
     save("fig4_rm_accuracy", lines, "training step", "Right on held-out pairs of D, %")
-    # Paper's Figure 5: which RM holds the shifted policy's answers further apart?
+    # Paper's Figure 5: which RM scores the shifted policy's answers further apart?
     lines = []
     for name in dict.fromkeys(trainer_of(policy) for policy in results["last"].values()):
         gaps = results["rms"][name]["shifted"]["gaps"]
@@ -370,9 +374,9 @@ def draw_pictures(results: dict, folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ report
-# For readers who have seen neither the code nor the paper. A figure that cannot be told is "–".
+# For readers who have seen neither the code nor the paper. A number that is missing shows as "–".
 def show(*figures) -> str:
-    """Returns a figure as text; of several runs, their mean ± SD. None and NaN are left out."""
+    """Returns a number as text; of several runs, their mean ± SD. None and NaN are left out."""
     told = [x for x in figures if x is not None and not np.isnan(x)]
     if not told:
         return "–"
@@ -390,7 +394,7 @@ def show_sides(*sides) -> str:
 
 
 def show_holds(*holds) -> str:
-    """Returns whether a criterion holds; of several runs, in how many that can tell."""
+    """Returns whether a criterion holds; of several runs, in how many of those that measured it."""
     if len(holds) > 1:
         return f"{holds.count(True)} of {len(holds) - holds.count(None)}"
     return "yes" if holds[0] else "**no**"
@@ -433,7 +437,7 @@ def tables(runs: list[dict]) -> list[str]:
 
 
 def report(results: dict, judge: str) -> str:
-    """Returns report.md: docs/report.txt, where the braces hold what is computed here.
+    """Returns the text of report.md: docs/report.txt with its {names} filled in.
 
     judge: --judge, the reward model that is taken for the truth, or "" for gold.
     """
@@ -496,13 +500,14 @@ def kl_to(policy, tokenizer, reference, prompts, groups, temperature=1.0, longes
     ends = ppo.end_ids(policy, tokenizer)
     total = 0.0
     for start in range(0, len(rows), 64):
-        part = [(x, y[:longest]) for x, y in rows[start : start + 64]]  # cut off: without an EOS
+        # A response that was cut off while sampling gets no EOS here, either.
+        part = [(x, y[:longest]) for x, y in rows[start : start + 64]]
         batch = ppo.policy_batch(tokenizer, part, policy.device)
         said = batch["input_ids"][:, -batch["mask"].shape[1] :, None]  # (64, t, 1)
         for model, sign in ((policy, 1), (reference, -1)):
-            # Log-probabilities of each token that could have been said: (64, t, vocabulary).
+            # Log-probabilities of the whole vocabulary at each token: (64, t, vocabulary).
             logprobs = (ppo.states_of(model, batch, "logits").float() / temperature).log_softmax(-1)
-            # A text does not tell with which of its end tokens a chat model ended it: count all.
+            # A chat model has several end tokens, and the text does not keep which: sum over all.
             logprobs[..., ends[0]] = logprobs[..., ends].logsumexp(dim=-1)
             logprobs = logprobs.gather(-1, said)[..., 0].double()  # (64, t)
             total += sign * (logprobs * batch["mask"]).sum().item()
@@ -511,18 +516,18 @@ def kl_to(policy, tokenizer, reference, prompts, groups, temperature=1.0, longes
 
 def write_answers(path: Path, generator: str, prompts: list[str], groups: list[list[str]]) -> None:
     """Writes the first response to each prompt in AlpacaEval's format, for another judge."""
-    rows = {}  # AlpacaEval joins two files by their instructions: each may be there once only
+    rows = {}  # AlpacaEval joins files by instruction, so each may occur once only
     for prompt, group in zip(prompts, groups, strict=True):
-        # Without what HH-RLHF puts around a question.
+        # Cut off what HH-RLHF puts around a question.
         text = prompt.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
         rows[text] = {"instruction": text, "output": group[0].strip(), "generator": generator}
     data.write_text(path, json.dumps(list(rows.values()), indent=1, ensure_ascii=False) + "\n")
 
 
 def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) -> dict:
-    """Returns what `measure` finds in samples of each policy, scored by each RM.
+    """Samples each policy, scores with each RM, writes RUN/answers; returns `measure`'s figures.
 
-    Adds "climbs": {RM: means over the looks in its training log}. Writes RUN/answers.
+    Adds "climbs": {RM: means of metarm.diagnostics over its training log}.
     """
     judge = rm.load_reward_model(args.judge) if args.judge else None
     by = "judge" if judge else "gold"
@@ -534,7 +539,7 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
     reference, _ = ppo.load_policy(str(policies["sft"]))
     for policy, folder in policies.items():
         loaded = ppo.load_policy(str(folder))
-        # Only what is compared out of domain is sampled there: SFT and the last rounds.
+        # Out of domain, sample only the policies that are compared there: SFT and the last rounds.
         domains = prompts if policy in ("sft", *last.values()) else ["test"]
         texts = [prompt for domain in domains for prompt in prompts[domain]]
         groups = sampled(args, run / "eval" / f"{policy}.jsonl", str(folder), loaded, texts)
@@ -557,7 +562,7 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
     for name, folder in {by: None, **models}.items():
         model = rm.load_reward_model(str(folder)) if folder else judge
         for (policy, domain), groups in responses.items():
-            # The truth scores all; an RM its own policy, and what all RMs are compared on.
+            # The truth scores all; an RM its own policy's answers, and those that all RMs score.
             if name in (by, trainer_of(policy)) or policy in ("D", "sft", last["ppo"]):
                 scores[name, policy, domain] = scored(model, prompts[domain], groups)
         if folder and name != "oracle" and (folder / "log.jsonl").exists():
@@ -570,7 +575,7 @@ def look(args, run: Path, policies: dict[str, Path], models: dict[str, Path]) ->
 
 
 def evaluate(args) -> None:
-    """--run. results.json comes last, as it vouches for the rest."""
+    """--run: makes the report. results.json is written last: it says that the rest is there."""
     if args.k < 2:
         raise data.Mistake(f"--k {args.k}: a difference between responses needs at least 2 of them")
     run = Path(args.run)
@@ -594,7 +599,7 @@ def evaluate(args) -> None:
 
 
 def compare(args) -> None:
-    """--policies: who wins by a reward model, and the answers of both, for another judge."""
+    """--policies: compares two by a reward model; writes their answers for another judge, too."""
     names = args.policies.split(",")
     if len(names) != 2 or not (args.judge and args.prompts and args.out):
         raise data.Mistake("--policies needs two names, A,B, and --judge, --prompts and --out")

@@ -4,17 +4,21 @@ Concept: PPO moves the policy away from the responses that the reward model r_th
 and r_theta separates the new ones less and less. MetaRM has two sets: D, the old preference pairs,
 and S, k unlabelled responses of the current policy for each prompt. Each step first moves
 temporarily to parameters theta' that separate S better, computes D's gradient there, and applies
-it at theta. Dou et al., "MetaRM" (arXiv 2405.00438; AAAI 2025, whose equation numbers these are):
+it at theta. Source: Dou et al., "MetaRM" (arXiv 2405.00438). Equation numbers are those of the
+AAAI 2025 version.
 
     Algorithm 1.  for t = 0 .. T-1:
-        sample X_t, n pairs of D, and X_s, m prompts of S              train (by rm.fit)
+        sample X_t, n pairs of D, and X_s, m prompts of S              rm.fit, train
         J       = difference loss of r_theta on X_s           Eq. 2    difference_loss
         theta'  = theta + eta * grad J(theta)   (an ASCENT)   Eq. 3    meta_gradient, climb
         g       = gradient of L on X_t, taken at theta'       Eq. 4    meta_gradient
         theta  <- theta - alpha * g             (from theta)  Eq. 5    metarm_step
 
-L is the loss of any reward model, Eq. 1: rm.preference_loss. alpha is the optimizer's learning
-rate. As a library, this file needs only torch:
+L is the usual loss of a reward model, Eq. 1: rm.preference_loss. alpha is the optimizer's learning
+rate. The published method is FIRST ORDER: g is the gradient with respect to theta'. order="exact"
+also differentiates through Eq. 3, as MAML does; `meta_gradient` shows the line between the two.
+
+As a library, this file needs only torch. `forward` is called in place of the model:
 
     def L(forward): return -logsigmoid(forward(chosen) - forward(rejected)).mean()
     def J(forward): return metarm.difference_loss(forward(samples).view(m, k))
@@ -39,13 +43,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Parameters = dict[str, Tensor]  # {name, as in model.named_parameters(): values}
-# A loss is a function forward -> scalar; `forward` stands for the model at some parameters. A list
-# of them: micro-batches of equal weight, whose mean is the loss.
+Parameters = dict[str, Tensor]  # {name as in model.named_parameters(): tensor}
+# A loss is a function forward -> scalar, where `forward` is the model at some parameters. A list
+# holds one such function per micro-batch; the loss is their mean.
 Losses = Callable | list[Callable]
 
-# The command's climb: |theta' - theta|. As with SAM's rho, what length is right depends on how soon
-# the loss bends, and not on the learning rate or on the number of weights.
+# The command's default for |theta' - theta|, the length of the climb. As with SAM's rho, the right
+# length depends on the curvature of J and L, not on the learning rate or the number of weights.
 DEFAULT_LENGTH = 0.02
 
 
@@ -64,28 +68,28 @@ def difference_loss(rewards: Tensor) -> Tensor:
     m, k = rewards.shape if rewards.dim() == 2 else (0, 0)
     if m < 1 or k < 2 or not rewards.is_floating_point():
         raise ValueError(f"rewards must be (m, k >= 2), got {rewards.dtype} {tuple(rewards.shape)}")
-    # All pairs i < j of responses to one prompt: two index vectors of k(k-1)/2 entries.
+    # All pairs i < j of responses to one prompt: i and j have k(k-1)/2 entries each.
     i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)
-    # The difference is (m, k(k-1)/2). |.| has a kink at 0, where torch takes the slope 0: an exact
-    # tie is not pushed apart.
+    # The differences are (m, k(k-1)/2). |.| has a kink at 0, where torch takes the slope 0: J does
+    # not push two exactly equal rewards apart.
     return 2 / k**2 * (rewards[:, i] - rewards[:, j]).abs().sigmoid().sum(dim=1).mean()
 
 
 def climb(theta: Parameters, grad_J: Parameters, scale: Tensor) -> Parameters:
-    """Returns theta' = theta + scale * grad J, Eq. 3. It is differentiable in all three."""
+    """Returns theta' = theta + scale * grad J, Eq. 3. It is differentiable in all arguments."""
     return {name: plus(p, scale, grad_J[name]) for name, p in theta.items()}
 
 
 def gradient(model: nn.Module, loss: Losses, at: Parameters | None = None):
     """Returns ({name: gradient of the loss}, the loss as a float) at theta. No weight is changed.
 
-    loss: as in `meta_gradient`. at: other parameters to take both at instead, as theta'.
+    loss: as in `meta_gradient`. at: use these parameters instead of theta, for example theta'.
     Raises: as `meta_gradient`.
     """
     parameters = theta_of(model) if at is None else as_leaves(at)
     places = everywhere(model, parameters)
 
-    def forward(*args, **kwargs):  # the model, with these in place of its own
+    def forward(*args, **kwargs):  # calls the model with `parameters` in place of its own
         return functional_call(model, places, args, kwargs, tie_weights=False)
 
     value, grads = value_and_gradient(loss, forward, parameters)
@@ -95,13 +99,14 @@ def gradient(model: nn.Module, loss: Losses, at: Parameters | None = None):
 def meta_gradient(model, vanilla_loss, meta_loss, eta, order="first", normalize=False):
     """Returns (the gradient that Eq. 5 applies at theta, figures), by Eqs. 2 to 4.
 
-    vanilla_loss, meta_loss: functions forward -> scalar, L on X_t and J on X_s, or lists of them.
-        They call `forward(*args, **kwargs)` instead of the model, whose weights and .grad stay
-        untouched. The mean of a list is the loss: micro-batches, one in memory at a time.
+    vanilla_loss, meta_loss: functions forward -> scalar, L on X_t and J on X_s. They call
+        `forward(*args, **kwargs)` instead of the model, whose weights and .grad stay untouched. Or
+        lists of such functions, one per micro-batch: their mean is the loss, and only one
+        micro-batch is in memory at a time.
     eta: with normalize=True the length of the climb, |theta' - theta|; with normalize=False the
         paper's factor, theta' = theta + eta * grad J.
     order: "first", as the authors run it; "exact" also differentiates theta' by theta, as MAML
-        does. It keeps the graphs of all micro-batches of J; a smaller X_s saves memory.
+        does. "exact" keeps the graphs of all micro-batches of J; a smaller X_s saves memory.
     The gradient is {name: tensor}, of every trainable parameter. Figures, as floats: `difference`
     J(theta), `meta_grad_norm` |grad J|, `vanilla_loss_adapted` L(theta'), `grad_norm`.
     Raises: ValueError on bad arguments, and on models that cannot be called at other parameters
@@ -112,31 +117,33 @@ def meta_gradient(model, vanilla_loss, meta_loss, eta, order="first", normalize=
     exact = order == "exact"
     theta = theta_of(model)  # {name: (shape of the weight)}
 
-    def forward_at(parameters):  # the model, with these in place of its own, for one call
+    def forward_at(parameters):  # returns a function that calls the model with these parameters
         places = everywhere(model, parameters)
         return lambda *args, **kw: functional_call(model, places, args, kw, tie_weights=False)
 
     # J on X_s at theta (Eq. 2), and its gradient. The exact order needs that gradient's own graph,
-    # and the math attention kernel: the fused ones have no second derivative.
+    # and the math attention kernel: the fused kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
         J, grad_J = value_and_gradient(meta_loss, forward_at(theta), theta, create_graph=exact)
 
     # theta' = theta + eta * grad J (Eq. 3): a second set of parameters beside the model's own.
     meta_grad_norm = global_norm(grad_J.values())
     theta_prime = climb(theta, grad_J, step_scale(grad_J.values(), eta, normalize))
-    del grad_J  # at first order nobody needs it any more, and L needs memory
+    del grad_J  # first order needs it no longer, and L needs the memory
 
-    # L on X_t at theta', and its gradient (Eq. 4). As leaves: it is taken with respect to theta'.
+    # L on X_t at theta', and its gradient with respect to theta' (Eq. 4). So theta' must be leaves:
+    # the same values, cut off from theta.
     leaves = as_leaves(theta_prime)
     L, grads = value_and_gradient(vanilla_loss, forward_at(leaves), leaves)
 
-    # THE line between the two orders. First order stops here: grads is dL/dtheta'. But theta'
-    # depends on theta. By the chain rule dL/dtheta = (dtheta'/dtheta)^T dL/dtheta', one
-    # vector-Jacobian product through Eq. 3, whose graph create_graph kept above. Without normalize
-    # it comes to (I + eta * Hessian of J) grads; with it, 1/|grad J| is differentiated, too.
+    # THE line between the two orders. The first order stops here: it applies grads, dL/dtheta'. The
+    # exact order goes on, since theta' depends on theta: dL/dtheta = (dtheta'/dtheta)^T dL/dtheta'.
+    # That is one vector-Jacobian product through Eq. 3, whose graph create_graph kept above.
+    # Without normalize it equals (I + eta * Hessian of J) grads. With normalize, eta/|grad J|
+    # depends on theta, too, and is differentiated as well.
     if exact:
         outputs = list(theta_prime.values())
-        with sdpa_kernel(SDPBackend.MATH):  # the backward pass of that graph picks kernels, too
+        with sdpa_kernel(SDPBackend.MATH):  # this backward pass may pick kernels, too
             product = torch.autograd.grad(outputs, list(theta.values()), list(grads.values()))
         grads = dict(zip(theta, product, strict=True))
 
@@ -157,13 +164,13 @@ def metarm_step(
     """Takes one step of Algorithm 1; returns `meta_gradient`'s figures, leaves every .grad None.
 
     Arguments and errors as in `meta_gradient`; on an error no step has been taken.
-    max_grad_norm: a longer gradient is scaled down to it.
+    max_grad_norm: a longer gradient of Eq. 4 is scaled down to this norm before the step.
     """
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
     grads, info = meta_gradient(model, vanilla_loss, meta_loss, eta, order, normalize)
     # theta <- theta - alpha * grads (Eq. 5), from the ORIGINAL parameters: the model never left
-    # them. Literally so with SGD; AdamW makes its own step of the same gradient.
+    # them. This is SGD's step; another optimizer, as AdamW, makes its own step of that gradient.
     for name, p in model.named_parameters():
         p.grad = grads.get(name)
     if max_grad_norm is not None:
@@ -177,22 +184,23 @@ def metarm_step(
 def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Iterator[None]:
     """Moves the model to theta' in place and back, for DDP, FSDP2, TRL and gradient checkpointing.
 
-        J(model).backward()                 # p.grad is grad J, of ALL micro-batches of S
+        J(model).backward()                 # p.grad is grad J, of ALL of X_s
         with metarm.lookahead(model, eta=0.02, normalize=True):
-            L(model).backward()             # at theta', forward AND backward: ALL of D's
+            L(model).backward()             # at theta': forward AND backward, ALL of X_t
         optimizer.step()                    # the model is at theta, p.grad is grad L(theta')
 
-    First order. eta, normalize: as in `meta_gradient`. Without normalize, and under a GradScaler,
-        pass eta / scaler.get_scale(), since p.grad is scaled.
-    scaler_follows: say so if a GradScaler looks at p.grad before its step. An overflow in grad J
-        then makes all of grad L NaN, so that it skips the step, instead of raising NotFinite.
+    First order only. With several micro-batches, finish all of X_s before it, all of X_t inside.
+    eta, normalize: as in `meta_gradient`. A GradScaler also scales grad J: with normalize=False,
+        pass eta / scaler.get_scale().
+    scaler_follows: True if a GradScaler checks p.grad before the step. An overflow in grad J then
+        makes all of grad L NaN, and the scaler skips the step. False: NotFinite is raised.
     Raises: NotFinite on NaN and infinity in grad J; ValueError on a bad eta, without a gradient, on
-        BatchNorm in train mode, or normalised under FSDP1 (a shard does not know the norm of the
-        whole); RuntimeError if FSDP2 failed inside its forward. Source: paper, Eqs. 3 and 4.
+        BatchNorm in train mode, or with normalize under FSDP1 (a shard does not know the norm of
+        the whole); RuntimeError if FSDP2 failed inside its forward. Source: paper, Eqs. 3 and 4.
     """
     refuse_running_statistics(model)
     reshard(model)
-    # Keep these very objects: after a forward without a backward, FSDP2's model.parameters() are
+    # Keep these very objects: after a forward without a backward, FSDP2's model.parameters() gives
     # the gathered weights, not the shards that are trained.
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -200,13 +208,14 @@ def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Itera
         raise ValueError("lookahead: no parameter has a gradient; back-propagate J before it")
     if normalize and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError("lookahead: FSDP1 does not know |grad J|; use FSDP2, or normalize=False")
-    # 0 * norm: after an overflow, all of theta' is NaN, and so is grad L. (A tanh can turn a single
-    # infinite weight into a finite loss, and GradScaler would take that step.)
+    # 0 * norm is NaN after an overflow, 0 otherwise. NaN makes all of theta', and so grad L, NaN.
+    # (Without it, a tanh could turn one infinite weight into a finite loss, and the GradScaler
+    # would take that step.)
     scale = step_scale(grads, eta, normalize) + 0 * global_norm(grads)
     if not scaler_follows:
         finite_floats(grad_J=scale)
     del grads  # L needs the memory
-    theta = [p.detach().clone() for p in parameters]  # a copy: subtracting the step would round
+    theta = [p.detach().clone() for p in parameters]  # a copy: to undo the step would round
     try:
         with torch.no_grad():
             for p in parameters:
@@ -229,7 +238,7 @@ def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Itera
 def adapted_parameters(model: nn.Module, meta_loss: Losses, eta: float, normalize: bool = False):
     """Returns theta' of Eq. 3, {name: tensor}; the model stays untouched.
 
-    Algorithm 1 keeps theta, but it is at theta' that L was minimised. To measure theta', load it:
+    Algorithm 1 keeps theta, although it minimises L at theta'. To measure theta', load it:
     `model.load_state_dict(adapted, strict=False)`. Raises: as `meta_gradient`.
     """
     grad_J, _ = gradient(model, meta_loss)
@@ -240,11 +249,13 @@ def adapted_parameters(model: nn.Module, meta_loss: Losses, eta: float, normaliz
 def diagnostics(model, vanilla_loss, meta_loss, eta, normalize=False) -> dict[str, float]:
     """Returns Eqs. 6 to 8 in numbers: L(theta') = L(theta) + eta * grad L . grad J + o(eta).
 
-    Is the climb short enough for that? Compare two changes with what the slope predicts:
+    This tells whether the climb is short enough to drop o(eta). Compare each change (left) with its
+    first-order prediction (right):
         `rise`         J(theta') - J(theta)    `predicted_rise`    (theta' - theta) . grad J
         `loss_change`  L(theta') - L(theta)    `first_order_gain`  (theta' - theta) . grad L
     `cosine` of grad L and grad J: above 0, climbing J raises L, so the two aims conflict on these
-    batches. `vanilla_loss` L(theta), `difference_adapted` J(theta'). Costs about 1.5 steps.
+    batches. `vanilla_loss` is L(theta), `difference_adapted` J(theta'). It takes the gradients of J
+    and L at theta and at theta': twice as many as a step.
     Arguments and errors as in `meta_gradient`. Source: paper, Eqs. 6 to 8.
     """
     grad_J, J = gradient(model, meta_loss)
@@ -262,13 +273,13 @@ def diagnostics(model, vanilla_loss, meta_loss, eta, normalize=False) -> dict[st
     return found | {"rise": J_prime - J, "predicted_rise": float(scale * norm_J**2)}
 
 
-# A reader of the paper may stop here. What follows is the bookkeeping that PyTorch asks for, and
-# the command.
-# ------------------------------- guards: models and losses that cannot be had at other parameters
+# A reader of the paper needs two more functions, in "numerics": `value_and_gradient`, `step_scale`.
+# All else below is bookkeeping that PyTorch asks for, and the command.
+# ----------------------- guards: models and losses that cannot be evaluated at other parameters
 def refuse_model(model) -> None:
     """Raises ValueError on a model that cannot be called at other parameters than its own."""
     wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
-    if wrapped or any(hasattr(p, "full_tensor") for p in model.parameters()):  # or a DTensor
+    if wrapped or any(hasattr(p, "full_tensor") for p in model.parameters()):  # a DTensor
         raise ValueError("a DDP or FSDP2 model has one set of parameters; use metarm.lookahead")
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
         raise ValueError("hooks on parameters would not see this gradient; use metarm.lookahead")
@@ -276,9 +287,10 @@ def refuse_model(model) -> None:
 
 
 def refuse_running_statistics(model) -> None:
-    """Raises ValueError on BatchNorm and its kin in train mode: theta' would leave a trace there.
+    """Raises ValueError on BatchNorm and similar layers in train mode.
 
-    They would take in S, and D at theta'. (A reward should not depend on its batch, either.)
+    Each forward pass updates their running statistics. Those of S, and of D at theta', would stay
+    in the model. (Nor should a reward depend on the other rows of its batch.)
     """
     if any(m.training and getattr(m, "track_running_stats", False) for m in model.modules()):
         raise ValueError("running statistics (BatchNorm) would take in theta'; call model.eval()")
@@ -288,13 +300,14 @@ CHECKPOINTS = "gradient checkpointing runs layers again at theta, not theta'; us
 
 
 def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
-    """Returns loss(forward); raises ValueError if its gradient would not be that at `forward`'s.
+    """Returns loss(forward). Raises ValueError if its gradient would be taken at other parameters.
 
-    This looks at every operation, some 20 ms for a model of 30 layers. A loop that makes the same
-    loss in each step, on other rows, may set `loss.graph_is_known = True` after the first step.
+    This visits every operation of the loss. A loop whose loss differs from step to step only in its
+    rows may set `loss.graph_is_known = True` after the first step, to save that time.
     """
     try:
-        # Checkpointing is made of such hooks (but the older kind, "reentrant", is not: see below).
+        # Gradient checkpointing uses such hooks, so it raises here. The older, "reentrant" kind has
+        # none: the loop below finds it.
         with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTS):
             value = loss(forward)
     except RuntimeError as error:
@@ -307,7 +320,8 @@ def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
             raise ValueError(CHECKPOINTS)
         if node.name() == "CompiledFunctionBackward" and create_graph:
             raise ValueError("torch.compile has no second derivative; use order='first'")
-        if isinstance(getattr(node, "variable", None), nn.Parameter):  # ours are plain tensors
+        # A loss that calls `forward` has theta's leaves here: plain tensors, not nn.Parameters.
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
             raise ValueError("a loss uses parameters of a model itself: call `forward` only")
         new = {function for function, _ in node.next_functions} - seen
         seen |= new
@@ -317,21 +331,22 @@ def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
 
 # --------------------------------------------------------------------------------------- numerics
 def theta_of(model) -> Parameters:
-    """Returns theta: leaves that share the trainable parameters' memory, but not their .grad."""
+    """Returns theta as new leaves, which share the trainable weights' memory but not .grad."""
     refuse_model(model)
     return as_leaves({name: p for name, p in model.named_parameters() if p.requires_grad})
 
 
 def as_leaves(parameters: Parameters) -> Parameters:
-    """Returns the same values as inputs of a new graph: a gradient ends here."""
+    """Returns the same values as leaves of a new graph: backward passes end here."""
     return {name: p.detach().requires_grad_() for name, p in parameters.items()}
 
 
 def everywhere(model, parameters: Parameters) -> Parameters:
-    """Returns the parameters under every place where the model holds them, {place: tensor}.
+    """Returns {place: tensor}, one entry for each place of the model that holds a parameter.
 
-    A tied weight stands in two modules, and a module may have two names. functional_call would find
-    tied weights by itself, but it would leave theta' in a module that has two names.
+    `functional_call` needs them all: a tied weight is held by two modules, and one module may have
+    two names. It would find tied weights by itself, but it would leave theta' in the model where a
+    module has two names.
     """
     new = {id(p): parameters[name] for name, p in model.named_parameters() if p.requires_grad}
     places = {}
@@ -342,10 +357,10 @@ def everywhere(model, parameters: Parameters) -> Parameters:
 
 
 def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_graph=False):
-    """Returns (mean of the losses, {name: its gradient}), one micro-batch after the other."""
+    """Returns (mean of the losses, {name: its gradient}); it runs one micro-batch at a time."""
     losses = [losses] if callable(losses) else list(losses)
     leaves = list(parameters.values())
-    total = 0.0  # soon a tensor: as a float it would wait for the GPU in every micro-batch
+    total = 0.0  # then a tensor: float(value) would wait for the GPU in every micro-batch
     for loss in losses:
         value = guarded(loss, forward, create_graph) / len(losses)
         # With create_graph, all graphs are needed at the end. Without it, each is freed by its own
@@ -355,15 +370,15 @@ def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_g
             value.backward(inputs=leaves)
     grads = [p.grad for p in leaves]
     if create_graph and total.requires_grad:
-        # Never by .grad: a leaf whose .grad has a graph back to the leaf is not freed.
+        # Not by way of .grad: a leaf and a .grad with a graph back to it would never be freed.
         grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
-    torch.clear_autocast_cache()  # in an autocast region it would keep bf16 copies of the leaves
+    torch.clear_autocast_cache()  # within autocast, it would keep bf16 copies of the leaves
     if all(grad is None for grad in grads):
         fix = "call `forward`, and not under no_grad(); or the model has no trainable parameters"
         raise ValueError(f"a loss does not depend on theta: {fix}")
     for p in leaves:
         p.grad = None
-    # A parameter without a part in the loss gets zeros.
+    # A parameter that the loss does not use gets a gradient of zeros.
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
     return total.detach(), dict(zip(parameters, grads, strict=True))
 
@@ -371,9 +386,9 @@ def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_g
 def step_scale(grads, eta: float, normalize: bool) -> Tensor:
     """Returns the factor before grad J in Eq. 3, a 0-dim tensor (a float would wait for a GPU).
 
-    grads: the tensors of grad J. Normalised, the climb is eta long, and a tiny |grad J| is blown
-    up: if all k responses are equal, rounding still makes their rewards differ, and noise of 1e-8
-    becomes a full step. Exactly 0 stays 0.
+    grads: the tensors of grad J. The factor is eta, or with normalize eta / |grad J|: the climb is
+    then eta long, however small |grad J| is. So if all k responses are equal, and their rewards
+    differ by rounding only, noise of 1e-8 becomes a full step. Where |grad J| is 0, so is the step.
     """
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number >= 0, got {eta}")
@@ -382,7 +397,7 @@ def step_scale(grads, eta: float, normalize: bool) -> Tensor:
 
 
 def plus(a: Tensor, scale: Tensor, b: Tensor) -> Tensor:
-    """Returns a + scale * b, in float32 at least: eta/|grad J| can be 1e5, too much for fp16."""
+    """Returns a + scale * b, computed in float32 at least: eta/|grad J| may exceed fp16's 65504."""
     return (a + scale.to(a.device) * b.to(scale.dtype)).to(a.dtype)
 
 
@@ -408,7 +423,7 @@ def finite_floats(**tensors: Tensor) -> dict[str, float]:
 
 
 def reshard(model) -> None:
-    """FSDP2: drops gathered weights, so that the next forward gathers the shards anew."""
+    """For FSDP2: drops gathered weights, so that the next forward gathers the shards anew."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -416,10 +431,13 @@ def reshard(model) -> None:
 
 # ------------------------------------------------------------------------------------- the command
 def micro_batches(loss: Callable, groups: list, size: int) -> list[Callable]:
-    """Returns losses of equal weight, each of `size` groups; loss: (forward, groups) -> mean."""
+    """Returns a list of losses (as in `Losses`), each of `size` groups or fewer.
+
+    loss(forward, groups): the mean over groups. A group is all rows of one prompt (rm.py).
+    """
     chunks = [groups[start : start + size] for start in range(0, len(groups), size)]
-    # The losses of a list count alike. A smaller last chunk must count less than the others, so its
-    # mean is multiplied by its size over the average size (that is 1 where all sizes are equal).
+    # The losses of a list have equal weight, but a smaller last chunk must count less. So each mean
+    # is multiplied by its chunk's size over the average size (1 where all sizes are equal).
     average = len(groups) / len(chunks)
     parts = [lambda forward, c=chunk: len(c) / average * loss(forward, c) for chunk in chunks]
     for part in parts:
@@ -436,21 +454,21 @@ def train(args) -> None:
     if args.save_adapted and (out in (adapted, *adapted.parents) or adapted in out.parents):
         raise data.Mistake(f"--save_adapted {args.save_adapted}: name a folder outside --out")
     eta = args.eta
-    if eta is None:  # as a factor: eta = alpha, as in the paper. (lr decays to 0; eta does not.)
+    if eta is None:  # without normalize eta = alpha, as in the paper. (lr decays; eta does not.)
         eta = DEFAULT_LENGTH if args.normalize else args.lr
     options = (eta, args.order, args.normalize, args.max_grad_norm)  # of metarm_step
     pairs = data.read_preferences(args.data)
     samples = data.read_meta(args.meta)
     adapted_folder = data.output_folder(args.save_adapted) if args.save_adapted else nullcontext()
     with data.output_folder(args.out) as work, adapted_folder as adapted_work:
-        # The head and the order of D are rm.py's with the same seed: only the gradient differs.
+        # With one seed, head and order of D are those of rm.py: only the gradient differs.
         model, tokenizer = rm.load_reward_model(args.model, args.seed)
         model.to(rm.pick_device())
         _, D = rm.encode_groups(model, tokenizer, pairs, args.data, args.max_length)
         _, S = rm.encode_groups(model, tokenizer, samples, args.meta, args.max_length)
-        # Draw S for all steps first, as rm.fit does D: a resumed run then knows the rest.
-        drawn = []  # the prompts of S of each step: m indices
-        seed = args.seed + 1_000_000  # not the order of D
+        # Draw X_s of all steps first, as rm.fit draws X_t: a resumed run then knows the rest.
+        drawn = []  # for each step, the indices of its m prompts of S
+        seed = args.seed + 1_000_000  # another one than for the order of D
         while len(drawn) < len(D) // args.batch_size * args.epochs:  # one more pass over S
             drawn += rm.epoch_batches([0] * len(S), args.meta_batch_size, seed, "--meta_batch_size")
             seed += 1
@@ -468,13 +486,14 @@ def train(args) -> None:
         def step(optimizer, X_t, number):  # one step of Algorithm 1
             L_parts = micro_batches(L, X_t, args.micro_batch_size)
             J_parts = micro_batches(J, [S[i] for i in drawn[number]], args.micro_batch_size)
-            looks = number % args.log_every == 0
-            info = diagnostics(model, L_parts, J_parts, eta, args.normalize) if looks else {}
+            logged = number % args.log_every == 0
+            info = diagnostics(model, L_parts, J_parts, eta, args.normalize) if logged else {}
             info |= metarm_step(model, optimizer, L_parts, J_parts, *options)
-            # The losses of later steps are these on other rows: no need to look at their graphs.
+            # Later steps use the same losses on other rows: `guarded` need not check them again.
             L.graph_is_known = J.graph_is_known = True
-            # Once, and not at step 0: a new head's rewards are nearly equal, where J has its kinks.
-            if looks and number > 0 and not warned:
+            # Warn once if J is far from linear along the climb. Not at step 0: the rewards of a new
+            # head are nearly equal, and there J has its kinks.
+            if logged and number > 0 and not warned:
                 rise, predicted = info["rise"], info["predicted_rise"]
                 if abs(rise - predicted) > 0.5 * predicted + 1e-6:  # float32 rounds J by 1e-7
                     warned.append(f"J rose by {rise:.2g}, Eq. 8 predicts {predicted:.2g}")
@@ -486,7 +505,7 @@ def train(args) -> None:
         how = (args.lr, args.batch_size, args.epochs, args.seed, look, args.log_every)  # of rm.fit
         log = rm.fit(model, D, step, rm.Checkpoint(work, vars(args), D), *how)
         rm.save_model(model, tokenizer, work)
-        if args.save_adapted:  # one climb from the trained theta, on one batch of S as in training
+        if args.save_adapted:  # one climb from the trained theta, on the first step's X_s
             J_parts = micro_batches(J, [S[i] for i in drawn[0]], args.micro_batch_size)
             theta_prime = adapted_parameters(model, J_parts, eta, args.normalize)
             model.load_state_dict(theta_prime, strict=False)

@@ -1,8 +1,9 @@
 r"""The policy: SFT, DPO, PPO and sampling.
 
 Concept: iterative RLHF. PPO moves a policy towards what a reward model (RM) likes, and a KL penalty
-holds it back to a reference (`ref_policy`; in run.sh always SFT). MetaRM changes the RM between two
-rounds, not PPO. What PPO needs in practice is named where it happens: [per-token KL]
+keeps it near a reference (`ref_policy`; in run.sh always the SFT policy). MetaRM changes the RM
+between two rounds, not PPO. A tag in brackets marks each thing that PPO needs in practice, at the
+code that does it: [per-token KL]
 [reward scaling] [missing-EOS penalty] [advantage whitening] [value head] [clipping] [epochs]
 [float32 logits].
 
@@ -36,7 +37,7 @@ import rm
 # ----------------------------------------------------- the mathematics: pure functions of tensors
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean of x (b, t) over the entries where mask (b, t) is 1; 0 if there are none."""
-    # Not x * mask: what stands off the mask may be infinite, and 0 times infinity is NaN.
+    # Not x * mask: off the mask, x may be infinite, and 0 times infinity is NaN.
     return torch.where(mask.bool(), x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
@@ -47,8 +48,8 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, mask, kl_coef: float) -
     """
     check_shapes(mask, logprobs, ref_logprobs)
     check_shapes(mask[:, :1], scores[..., None])
-    # [per-token KL] Over samples of pi, log pi - log pi_ref has the KL divergence as its mean. So
-    # what a response pays in sum is an unbiased estimate, and each token pays for its own part.
+    # [per-token KL] The mean of log pi - log pi_ref over samples of pi is the KL divergence. So the
+    # sum over a response is an unbiased estimate of it, and each token pays for its own part.
     rewards = torch.where(mask.bool(), -kl_coef * (logprobs - ref_logprobs), 0.0)  # (b, t)
     # The RM judges the whole response, so its score comes at the last token: where mask times
     # (1, 2 ... t) is largest. A response of no tokens has none, and gets no score.
@@ -64,13 +65,13 @@ def gae(rewards, values, mask, gamma: float, lam: float) -> tuple[Tensor, Tensor
     Shapes: all (b, t), or ValueError; 0 off the mask. Source: Schulman et al. 2016, Eq. 16.
     """
     check_shapes(mask, rewards, values)
-    # Behind the EOS, V and A count as 0: what the value head says about padding must not leak in.
+    # After the EOS, V and A count as 0: values at padding must not leak into the advantages.
     values = torch.where(mask.bool(), values, 0.0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (b,): V_{t+1}, A_{t+1}
     for t in reversed(range(mask.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # Behind a row's EOS, A stays 0: its recursion starts at its own last token.
+        # After a row's EOS, A stays 0: the row's recursion starts at its own last token.
         next_advantage = torch.where(mask[:, t].bool(), delta + gamma * lam * next_advantage, 0.0)
         next_value = values[:, t]
         advantages[:, t] = next_advantage
@@ -79,8 +80,8 @@ def gae(rewards, values, mask, gamma: float, lam: float) -> tuple[Tensor, Tensor
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Returns x (b, t) with mean 0 and SD 1 over the mask, 0 off it. [advantage whitening]"""
-    # Then the size of a step does not depend on the scale of the rewards, and some tokens are
-    # pushed up and others down, however good the batch as a whole was.
+    # The size of a step then does not depend on the scale of the rewards. And the tokens that are
+    # better than the batch's mean become likelier, the others less likely.
     mean = masked_mean(x, mask)
     return (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8) * mask
 
@@ -104,7 +105,7 @@ def value_loss(values, old_values, returns, mask, clip_range: float) -> Tensor:
     Shapes: all (b, t), or ValueError. Source: OpenAI baselines' PPO2; the paper's "value clip".
     """
     check_shapes(mask, values, old_values, returns)
-    # The larger of two losses again: a value that has moved by more than eps gains nothing more.
+    # The larger of two losses again: beyond clip_range, a value gets no push further that way.
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -125,7 +126,7 @@ def dpo_loss(
 
 
 def check_shapes(*tensors: Tensor) -> None:
-    """Raises ValueError unless all have one shape of two dimensions: to broadcast is a mistake."""
+    """Raises ValueError unless all have one shape of two dimensions; they must not broadcast."""
     shapes = [tuple(x.shape) for x in tensors]
     if len(shapes[0]) != 2 or len(set(shapes)) > 1:
         raise ValueError(f"tensors of one shape (b, t) are needed; got {shapes}")
@@ -135,7 +136,7 @@ def check_shapes(*tensors: Tensor) -> None:
 def load_policy(path: str, vocabulary: dict | None = None):
     """Returns (model, tokenizer) from a causal LM's folder or hub name: float32, on the GPU if any.
 
-    In eval mode, for training too: with dropout, a rollout and its update would see two functions.
+    In eval mode, for training too: with dropout, rollout and update would see two policies.
     Raises: Mistake, naming the path and the fix, on other models (or another vocabulary, if given).
     """
     model, tokenizer, new = rm.load_pretrained(AutoModelForCausalLM, path)
@@ -144,7 +145,7 @@ def load_policy(path: str, vocabulary: dict | None = None):
     # The reference reads the policy's own ids, so these must mean the same words to it.
     if vocabulary not in (None, tokenizer.get_vocab()):
         raise data.Mistake(f"{path} has another vocabulary; give what --model was trained from")
-    # [float32 logits] Near 20, bf16 goes in steps of 0.125, and PPO exponentiates differences.
+    # [float32 logits] Near 20, bf16 has steps of 0.125, and PPO exponentiates differences of them.
     if type(model.get_output_embeddings()) is torch.nn.Linear:
         model.get_output_embeddings().__class__ = rm.Float32Head
 
@@ -159,7 +160,7 @@ def load_policy(path: str, vocabulary: dict | None = None):
         one, other = model(torch.tensor([[0, 1], [0, 2]], device=model.device)).logits[:, 0]
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
         raise data.Mistake(f"{path}: sees the tokens to come, as encoders do; a policy must not")
-    # The model's generation settings are saved with it. A plain `generate` has to stop at our EOS.
+    # These settings are saved with the model, so that transformers' `generate` stops at our EOS.
     ends = end_ids(model, tokenizer)
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     try:
@@ -181,7 +182,7 @@ def policy_batch(tokenizer, rows: list[rm.Row], device="cpu") -> dict[str, Tenso
     prompts = rm.pad([prompt_ids for prompt_ids, _ in rows], pad_id, device, left=True)  # (b, p)
     responses = rm.pad([response_ids for _, response_ids in rows], pad_id, device)  # (b, t)
     batch = {name: torch.cat([prompts[name], responses[name]], dim=1) for name in prompts}
-    # Positions count real tokens only: a left-padded row would else be read at shifted positions.
+    # Positions count real tokens only: otherwise left padding would shift a row's positions.
     batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     batch["mask"] = responses["attention_mask"]
     return batch
@@ -190,13 +191,14 @@ def policy_batch(tokenizer, rows: list[rm.Row], device="cpu") -> dict[str, Tenso
 def states_of(model, batch: dict, name: str) -> Tensor:
     """Returns output `name` at the token BEFORE each response token: (b, t, width).
 
-    There the model predicts that token (logits; width: the vocabulary), or V (hidden states).
+    name: "logits", where the model predicts that token (width: the vocabulary), or
+    "last_hidden_state", from which the critic reads V before that token.
     """
     t = batch["mask"].shape[1]
     p = batch["input_ids"].shape[1] - t
     takes = inspect.signature(model.forward).parameters
-    # Rows with one prompt (rollouts of one prompt, pairs of DPO) read it once, if the model can.
-    # Not on a GPU: the launches of a second pass take longer there than some 20,000 tokens in bf16.
+    # A prompt of several rows (rollouts, pairs of DPO) is read once, if the model can do that. Not
+    # on a GPU: there, launching a second pass takes longer than some 20,000 tokens in bf16.
     if p > 1 and model.device.type == "cpu" and rm.shares_prompts(model):
         # Prompts are the same if their ids and their padding are.
         both = torch.cat([batch["input_ids"][:, :p], batch["attention_mask"][:, :p]], dim=1)
@@ -207,7 +209,7 @@ def states_of(model, batch: dict, name: str) -> Tensor:
             responses = {key: batch[key][:, p - 1 : -1] for key in prompts}  # (b, t)
             keep = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
             return rm.read_prompts_once(model, model, prompts, responses, owner, **keep)[1][name]
-    # Of the prompt, only the last logits are needed; those of all its tokens would be gigabytes.
+    # Compute the logits of the last t + 1 tokens only: those of a whole prompt can be gigabytes.
     inputs = {key: x for key, x in (batch | {"logits_to_keep": t + 1}).items() if key in takes}
     return model(**inputs, use_cache=False)[name][:, -t - 1 : -1]
 
@@ -215,14 +217,14 @@ def states_of(model, batch: dict, name: str) -> Tensor:
 def response_logprobs(model, batch: dict, temperature: float = 1.0) -> Tensor:
     """Returns log pi(y_t | x, y_<t) of each response token: (b, t), 0 off the mask.
 
-    Logits are divided by the temperature of sampling: PPO's ratio is one of probabilities UNDER THE
-    SAMPLER. So rollouts use no top-p and no repetition penalty, which would rule out tokens.
+    temperature: that of sampling, since PPO's ratio needs the probabilities with which tokens were
+    drawn. (For the same reason rollouts use neither top-p nor a repetition penalty.)
     """
     # Logits in float32 take 1.6 GB for 64 responses of 128 tokens and 49,152 words. Two tensors of
     # this size live here (these and their log-softmax), three in the backward pass.
     logits = states_of(model, batch, "logits").float() / temperature  # (b, t, vocabulary)
     targets = batch["input_ids"][:, -logits.shape[1] :]  # (b, t)
-    # Cross-entropy is -log softmax(logits)[target], without the log of a probability near 0.
+    # Cross-entropy is -log softmax(logits)[target], and never takes the log of a rounded 0.
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return torch.where(batch["mask"].bool(), -losses.view(targets.shape), 0.0)
 
@@ -248,18 +250,18 @@ def penalised(logits: Tensor, read: Tensor, mask: Tensor, penalty: float) -> Ten
 def sample_tokens(logits: Tensor, top_p: float = 1.0) -> Tensor:
     """Returns one token id per row (b, 1), drawn by its probability; logits (b, vocabulary).
 
-    -1 stands for a row of NaN: told by a value, so that nobody waits for the GPU a second time.
+    A row of NaN gives -1: `generate` sees it when it reads the ids. A check would wait for the GPU.
     """
     probabilities = logits.softmax(dim=-1)  # (b, vocabulary), as all below
     if top_p < 1:  # the likeliest tokens only, up to the one that brings their sum to top_p
         probabilities, ids = probabilities.sort(dim=-1, descending=True)
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = torch.where(before < top_p, probabilities, 0.0)
-    # Inverse of the distribution function: the first token at which the sum exceeds a coin in
-    # [0, total). One random number per row; torch.multinomial takes one for every word. In float64:
-    # next to a sum near 1, float32 rounds words away that are rarer than 6e-8.
+    # Invert the distribution function: the first token at which the sum exceeds `coin`, uniform in
+    # [0, total). This takes one random number per row; torch.multinomial takes one per word. In
+    # float64: added to a sum near 1, probabilities below 6e-8 would be lost in float32.
     cumulative = probabilities.double().cumsum(dim=-1)
-    total = cumulative[:, -1:]  # (b, 1): about 1, less where top_p cuts, NaN if a logit is
+    total = cumulative[:, -1:]  # (b, 1): about 1, less with top_p, NaN if a logit is NaN
     coin = torch.rand_like(total) * total
     token = torch.searchsorted(cumulative, coin, right=True).clamp(max=logits.shape[1] - 1)
     if top_p < 1:
@@ -281,15 +283,15 @@ def generate(
     ends = end_ids(model, tokenizer)
     takes = inspect.signature(model.forward).parameters
     can_cache = getattr(model, "can_cache", False)  # load_policy tries it out
-    # Responses to one prompt share the pass over it: `keep` copies its row for each of them. `read`
-    # holds the m different prompts at first, then all that was read so far; `mask` its real tokens.
+    # The first pass reads the m different prompts; `keep` then copies a prompt's row once for each
+    # of its responses. `read` holds all ids so far, `mask` is 1 at those that are not padding.
     place = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
     keep = [place[tuple(ids)] for ids in prompt_ids]
     read, mask = rm.pad(list(place), ends[0], model.device, left=True).values()  # (m, p)
     responses = [[] for _ in prompt_ids]
     unfinished = range(len(prompt_ids))  # row j of the batch goes on with response unfinished[j]
     cache = {}
-    # Autocast around the loop: weights are then cast to bf16 once, not for each token.
+    # Autocast around the whole loop casts the weights to bf16 once, not once per token.
     with rm.autocast(model.device, bf16=True):
         for _ in range(max_new_tokens):
             unread = 1 if cache else read.shape[1]  # tokens that the cache does not hold
@@ -301,7 +303,7 @@ def generate(
             if can_cache:
                 name = rm.name_of_cache(out)
                 cache = {name: out[name]}
-            # After the prompts, one row per response; later, without those that have ended.
+            # After the first pass: one row per response. Later: drop the rows that have ended.
             if len(keep) != len(logits):
                 rows = torch.tensor(keep, device=model.device)
                 read, mask, logits = read[rows], mask[rows], logits[rows]
@@ -310,7 +312,7 @@ def generate(
             if repetition_penalty != 1:
                 logits = penalised(logits, read, mask, repetition_penalty)
             token = sample_tokens(logits / temperature, top_p)  # (rows, 1)
-            new_ids = token[:, 0].tolist()  # here, once per token, the CPU waits for the GPU
+            new_ids = token[:, 0].tolist()  # the one wait for the GPU per token
             if min(new_ids) < 0:
                 raise data.Mistake("NaN in the policy's logits; lower the --lr that made it")
             for i, new_id in zip(unfinished, new_ids, strict=True):
@@ -326,7 +328,7 @@ def generate(
 def response_texts(model, tokenizer, prompt_ids, response_ids) -> list[str]:
     """Returns the b responses as texts, without their ends; prompt_ids, response_ids: b lists."""
     clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    # Some tokenizers (Llama 2's) decode " a" to "a": there, a response is what follows its prompt.
+    # Some tokenizers (Llama 2's) decode " a" to "a". Then decode prompt + response, and cut it off.
     apart = tokenizer.decode(tokenizer(" a", add_special_tokens=False).input_ids, **clean) == " a"
     ends = end_ids(model, tokenizer)
     texts = []
@@ -338,9 +340,10 @@ def response_texts(model, tokenizer, prompt_ids, response_ids) -> list[str]:
 
 
 def encode_prompts(readers, prompts: list[str], max_new_tokens: int, source: str, max_length=0):
-    """Returns [(prompt, its ids)], none of which can become too long for a reader.
+    """Returns [(prompt, its ids)] of the prompts that leave room for a response in every reader.
 
-    readers: [(model, tokenizer)], the policy first. Raises: Mistake naming the row of `source`.
+    readers: [(model, tokenizer)] of all models that will read prompt and response, the policy
+    first. Raises: Mistake naming the row of `source`.
     """
     limits = [rm.positions(model) for model, _ in readers]
     new = max_new_tokens + 1  # a response that was cut off gets an EOS when it is read as a text
@@ -395,13 +398,13 @@ def sample_responses(
 class Critic(torch.nn.Module):
     """[value head] V(x, y_<t): a copy of the policy's trunk, then one number, 0 at the start.
 
-    critic(batch) returns the values (b, t) of a `policy_batch`, in SDs of the reward. V_t is read
-    before y_t is: it says what to expect from there on.
+    critic(batch) returns the values (b, t) of a `policy_batch`, in SDs of the reward. V_t is
+    computed before y_t is read: it predicts the rewards from t on.
     """
 
     def __init__(self, policy):
         super().__init__()
-        # A copy: over shared weights, V's regression and the policy's gradient would fight.
+        # A copy: in shared weights, the gradients of value and policy loss would interfere.
         self.trunk = copy.deepcopy(policy.base_model)
         # The same trunk, so load_policy's trial of it holds here, too.
         self.trunk.shares_prompts = getattr(policy, "shares_prompts", False)
@@ -428,8 +431,8 @@ def rollout(policy, ref_policy, critic, tokenizer, reward_of, shift, scale, aske
     responses = generate(policy, tokenizer, prompt_ids, settings.max_new_tokens, temperature)
     texts = response_texts(policy, tokenizer, prompt_ids, responses)
     raw_scores = reward_of(prompts, texts)  # (b,)
-    # What policy, reference and critic say about the very tokens that were sampled. The policy says
-    # it anew, by the function that `update` uses: so the first ratio there is 1, up to rounding.
+    # Policy, reference and critic read the sampled tokens. The policy's log-probabilities come from
+    # the same function as in `update`, so the first ratio there is 1, up to rounding.
     device = policy.device
     batch = policy_batch(tokenizer, list(zip(prompt_ids, responses, strict=True)), device)
     pieces = torch.arange(len(texts), device=device).split(settings.micro_batch_size)
@@ -439,12 +442,12 @@ def rollout(policy, ref_policy, critic, tokenizer, reward_of, shift, scale, aske
         old_logprobs = torch.cat([response_logprobs(policy, x, temperature) for x in parts])
         ref_logprobs = torch.cat([response_logprobs(ref_policy, x, temperature) for x in parts])
         old_values = torch.cat([critic(x) for x in parts])
-    # [missing-EOS penalty] A response cut off at the limit was never finished. Without a penalty,
-    # the policy learns to ramble on: the RM rarely saw an unfinished text, and scores it badly.
+    # [missing-EOS penalty] For a response that was cut off at max_new_tokens. The RM rarely saw
+    # unfinished texts and cannot judge them; without the penalty, the policy learns to ramble on.
     ends = end_ids(policy, tokenizer)
     ended = torch.tensor([row[-1] in ends for row in responses], device=device)  # (b,)
     scores = (raw_scores.to(device) - shift) / scale - settings.missing_eos_penalty * (~ended)
-    # One reward per token (b, t), and how much better than expected each token turned out.
+    # One reward per token (b, t), and its advantage: how much better than V expected it was.
     mask = batch["mask"]
     rewards = kl_penalised_rewards(scores, old_logprobs, ref_logprobs, mask, settings.kl_coef)
     advantages, returns = gae(rewards, old_values, mask, settings.gamma, settings.lam)
@@ -471,7 +474,7 @@ def update(policy, critic, optimizer, batch: dict, settings) -> dict[str, float]
     """
     stats = []  # of each optimizer step: (5,), as named below
     # [epochs] Several passes over the same rollouts; clipping limits how far they move the policy.
-    # A prompt's rollouts stay together, so that the prompt is read once.
+    # Shuffle by prompt: a prompt's rollouts stay together, so that it is read once.
     by_prompt = torch.arange(len(batch["mask"])).view(-1, settings.rollouts_per_prompt)
     for _ in range(settings.ppo_epochs):
         order = by_prompt[torch.randperm(len(by_prompt))].flatten().to(policy.device)  # (b,)
@@ -508,7 +511,7 @@ def add_gradients(policy, critic, part: dict, share: Tensor, settings) -> Tensor
         values = critic(part)
     vf = value_loss(values, part["old_values"], part["returns"], mask, settings.value_clip)
     (vf * share).backward()
-    # How far the policy has moved: approximate KL, and the share that was clipped.
+    # How far the policy has moved: an approximate KL, and the shares of tokens that were clipped.
     log_ratio = logprobs - part["old_logprobs"]  # 0 before the first step
     clipped = (log_ratio.exp() - 1).abs() > settings.clip_range
     value_clipped = (values - part["old_values"]).abs() > settings.value_clip
@@ -517,7 +520,7 @@ def add_gradients(policy, critic, part: dict, share: Tensor, settings) -> Tensor
 
 
 def ppo(args, work: Path) -> None:
-    """The command: rounds of rollout and update."""
+    """The command: each step is a rollout and an update."""
     g = args.rollouts_per_prompt
     per_step = args.batch_size // g  # prompts
     if args.batch_size % g:
@@ -541,15 +544,15 @@ def ppo(args, work: Path) -> None:
 
     def reward_of(prompts, texts):
         texts = list(texts)
-        # Read as text, a response can have more tokens than were sampled. The RM reads what fits.
+        # As text, a response can have more tokens for the RM than were sampled. Cut it to fit.
         for i, prompt in enumerate(prompts):
             while sum(map(len, rm.encode(rm_tokenizer, prompt, texts[i]))) > limit:
                 texts[i] = texts[i][:-1]
         return rm.score(reward_model, rm_tokenizer, prompts, texts)
 
-    # [reward scaling] Eq. 1 fixes neither scale nor offset of an RM. Shift and scale ONCE, by mean
-    # and SD on samples of the reference: all RMs then push equally hard at the start. A batch's SD,
-    # as is also common, would hide that an RM stops telling responses apart.
+    # [reward scaling] Eq. 1 fixes neither scale nor offset of an RM. So shift and scale its rewards
+    # ONCE, by mean and SD on samples of the reference: all RMs then push equally hard at the start.
+    # Each batch's own SD, also common, would hide that an RM stops telling responses apart.
     options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     texts = sum(sample_responses(ref_policy, tokenizer, aside, 4, **options), [])
     sft_scores = reward_of([prompt for prompt in aside for _ in range(4)], texts)
@@ -574,12 +577,12 @@ def ppo(args, work: Path) -> None:
             policy, ref_policy, critic, tokenizer, reward_of, shift, scale, asked, args
         )
         stats |= update(policy, critic, optimizer, batch, args)
-        # Write down what happened, and how to go on from here.
-        said = {"prompts": [items[i][0] for i in drawn]}
-        said["responses"] = [texts[i : i + g] for i in range(0, len(texts), g)]
-        said["scores"] = raw_scores.view(-1, g).tolist()
+        # Log the step and its rollouts, and save what a resumed run needs.
+        record = {"prompts": [items[i][0] for i in drawn]}
+        record["responses"] = [texts[i : i + g] for i in range(0, len(texts), g)]
+        record["scores"] = raw_scores.view(-1, g).tolist()
         checkpoint.log({"step": step} | stats)
-        checkpoint.log({"step": step, "kl": stats["objective/kl"]} | said, "rollouts.jsonl")
+        checkpoint.log({"step": step, "kl": stats["objective/kl"]} | record, "rollouts.jsonl")
         checkpoint.save(step + 1, queue=queue)
     rm.save_model(policy, tokenizer, work)
     print(f"{args.out}: at the end {data.read_jsonl(work / 'log.jsonl')[-1]}")
@@ -587,7 +590,7 @@ def ppo(args, work: Path) -> None:
 
 # ----------------------------------------------------------------------------- SFT, DPO, sampling
 def sft(args, work: Path) -> None:
-    """The command: maximum likelihood of the demonstrated responses (the prompt is only read)."""
+    """The command: maximum likelihood of the responses (prompts get no loss)."""
     policy, tokenizer = load_policy(args.model)
 
     def loss_of(part):
@@ -597,12 +600,12 @@ def sft(args, work: Path) -> None:
     def tokens_of(part):
         return sum(len(response_ids) for [(_, response_ids)] in part)
 
-    # sort=False: in batches of like length, tokens of short rows would weigh more.
+    # sort=False: each batch counts alike, so in a batch of short rows a token would weigh more.
     train_policy(args, work, [policy], tokenizer, data.read_sft, loss_of, tokens_of, sort=False)
 
 
 def dpo(args, work: Path) -> None:
-    """The command: preferences without an RM or rollouts, the paper's other baseline."""
+    """The command: learns from preferences without an RM or rollouts; a baseline of the paper."""
     policy, tokenizer = load_policy(args.model)
     ref_policy, _ = load_policy(args.ref_policy or args.model, tokenizer.get_vocab())
 
@@ -624,7 +627,7 @@ def train_policy(args, work, readers, tokenizer, read, loss_of, weight_of, sort=
     shortest = min(readers, key=rm.positions)
     kept, groups = rm.encode_groups(shortest, tokenizer, items, args.data, args.max_length)
     for item, [(prompt_ids, _), *_] in zip(kept, groups, strict=True):
-        if not prompt_ids:  # from what would it predict the response's first token?
+        if not prompt_ids:  # nothing to predict the first token from
             raise data.Mistake(f"{args.data}, row {items.index(item) + 1}: empty prompt; drop it")
     limits = (args.micro_batch_size, args.max_grad_norm)
     step = rm.gradient_step(policy, loss_of, *limits, weight_of, bf16=True)
@@ -669,7 +672,7 @@ def main(argv: list[str] | None = None) -> int:
     add("sft dpo ppo", "--max_grad_norm", type=float, default=1.0, help="clips longer gradients")
     add("sft dpo ppo", "--checkpoint_minutes", type=float, default=5.0, help="lost by a kill")
     add("dpo", "--beta", type=float, default=0.1, help="strength of the pull to the reference")
-    # PPO's own. What `rollout` and `update` call settings are the options of these names.
+    # PPO's own. The `settings` of `rollout` and `update` are the parsed options.
     add("ppo", "--steps", type=int, default=100, help="rounds of rollout and update")
     add("ppo", "--rollouts_per_prompt", type=int, default=4, help="in each step (paper: 16)")
     add("ppo", "--minibatch_size", type=int, default=32, help="rollouts per optimizer step")
@@ -681,7 +684,7 @@ def main(argv: list[str] | None = None) -> int:
     add("ppo", "--lam", type=float, default=0.95, help="lambda of GAE")
     add("ppo", "--missing_eos_penalty", type=float, default=1.0, help="in SDs of the reward")
     add("ppo", "--scale_prompts", type=int, default=64, help="first prompts, to scale rewards")
-    # How responses are sampled: PPO leaves the distribution whole, so it has no top_p.
+    # How responses are sampled. PPO has no top_p: see response_logprobs.
     add("sample", "--k", type=int, default=5, help="responses per prompt")
     add("ppo sample", "--temperature", type=float, default=1.0, help="divides the logits")
     add("sample", "--top_p", type=float, default=1.0, help="nucleus (paper: 0.9); 1 = off")

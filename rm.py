@@ -14,8 +14,8 @@ Three names, the same in rm.py, metarm.py and ppo.py:
     row    a prompt and a response as token ids: (prompt_ids, response_ids), the latter with its EOS
     group  the rows of one prompt: the two of a pair of D (chosen first), the k of a prompt of S
 
-All rewards come from `encode` and `rewards_of`; `score` adds batches and float32. So one response
-always gets one reward.
+All rewards come from `encode` and `rewards_of`; `score` adds batches. So one response to a prompt
+gets the same reward everywhere.
 """
 
 import functools
@@ -62,7 +62,7 @@ def preference_loss(chosen_rewards, rejected_rewards, weights=None) -> Tensor:
 # --------------------------------------------------------------------- from texts to a row of ids
 def encode(tokenizer, prompt: str, response: str) -> Row:
     """Returns (ids of the prompt, ids of the response + EOS). Nothing is encoded anywhere else."""
-    # The prefix goes before the prompt, once: a chat template may have written it already.
+    # The prefix (BOS, [CLS]) goes before the prompt unless a chat template has written it already.
     prefix = prefix_of(tokenizer)
     # Prompt and response are tokenized APART. Together, a token could straddle the seam: the prompt
     # would have other ids for every response, and other ids than the policy generates from.
@@ -70,7 +70,7 @@ def encode(tokenizer, prompt: str, response: str) -> Row:
     if prompt_ids[: len(prefix)] != prefix:
         prompt_ids = prefix + prompt_ids
     response_ids = tokenizer(response, add_special_tokens=False).input_ids
-    # EOS, too, stands once: it is where the head reads, and where the policy stops.
+    # Exactly one EOS, too: the head reads the reward there, and the policy stops there.
     if response_ids[-1:] != [end_id(tokenizer)]:
         response_ids = response_ids + [end_id(tokenizer)]
     return prompt_ids, response_ids
@@ -78,11 +78,14 @@ def encode(tokenizer, prompt: str, response: str) -> Row:
 
 # --------------------------------------------------------------------------- rewards and accuracy
 def rewards_of(forward: Callable, model, tokenizer, groups: Sequence[Group]) -> Tensor:
-    """Returns the rewards (n,) of all rows. `forward` is the model, perhaps at other parameters."""
+    """Returns the rewards (n,) of all rows.
+
+    forward: the model, or a function that calls it at other parameters (theta' in metarm.py).
+    """
     rows = [row for group in groups for row in group]  # n of them, those of a prompt side by side
-    # Optional, at the end of this file: each prompt is read once instead of once per response.
-    prompt, response = (max(map(len, ids)) for ids in zip(*rows, strict=True))  # the longest
-    saved = len(rows) * (max(row_lengths(groups)) - response) - len(groups) * prompt  # tokens
+    # An optional speed-up (end of this file) reads each prompt once, not once per response.
+    most_prompt, most_response = (max(map(len, ids)) for ids in zip(*rows, strict=True))  # tokens
+    saved = len(rows) * (max(row_lengths(groups)) - most_response) - len(groups) * most_prompt
     if all(prompt_ids for prompt_ids, _ in rows) and shares_prompts(model, saved):
         return rewards_reading_prompts_once(forward, model, tokenizer, groups)
     # The head is applied to every token; the model picks its output at the last one: (n, 1).
@@ -99,12 +102,12 @@ def pair_loss(forward: Callable, model, tokenizer, pairs: Sequence[Group]) -> Te
 def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size=64) -> Tensor:
     """Returns the rewards of n responses, a float32 CPU tensor (n,), in the order given.
 
-    Computed without autocast: a reward must not depend on who else is in the batch.
+    Computed in float32: rounding in bf16 would make a reward depend on the rest of the batch.
     Raises: ValueError on unequal counts; Mistake on a row longer than the model's positions.
     """
     items = [{"prompt": x, "response": y} for x, y in zip(prompts, responses, strict=True)]
     _, groups = encode_groups(model, tokenizer, items, f"texts scored by {model.name_or_path}")
-    # Longest first: rows of like length meet, and the batch that needs the most memory comes first.
+    # Longest first: rows of like length share a batch, and the one that needs most memory is first.
     # Rows of one prompt, if given side by side, stay so: their prompt is read once.
     # A dict keeps the last entry of each prompt; sorted, that is the tokens of its longest row.
     longest = dict(sorted(zip(prompts, row_lengths(groups), strict=True)))
@@ -114,9 +117,9 @@ def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size
     model.eval()
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        # encode_groups made a group of each row. Join those of one prompt that are neighbours.
-        some = [[groups[i][0] for i in same] for _, same in groupby(batch, prompts.__getitem__)]
-        rewards[batch] = rewards_of(model, model, tokenizer, some).float().cpu()
+        # encode_groups made one group per row. Join neighbours that have the same prompt.
+        joined = [[groups[i][0] for i in same] for _, same in groupby(batch, prompts.__getitem__)]
+        rewards[batch] = rewards_of(model, model, tokenizer, joined).float().cpu()
     model.train(was_training)
     return rewards
 
@@ -130,11 +133,11 @@ def accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> float
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
-# A reader of the paper may stop after the next two, which make the model. The rest is what it takes
-# in practice.
+# A reader of the paper may stop after the next two definitions, which make the model. The rest is
+# for practice: any transformers model, resumed runs, speed.
 # ------------------------------------------------------ the model: a language model with a new head
 class Float32Head(torch.nn.Linear):
-    """A linear layer computed in float32 (or float64), inside a bf16 autocast region too.
+    """A linear layer computed in float32 (or float64), even within bf16 autocast.
 
     bf16 keeps 8 bits: around r = 4 its steps are 0.03. Two close responses would get EQUAL rewards,
     and the gradient of the difference loss, which lives on small differences, would vanish.
@@ -151,9 +154,9 @@ def load_reward_model(path: str, seed: int | None = None):
     """Returns (model, tokenizer) of a `save_pretrained` folder or hub name: float32, in eval mode.
 
     seed=None: the folder must hold a trained reward head. With a seed, a language model gets a new
-    head from it: where RM 0 and the RM of every MetaRM round start (paper, Figure 4).
+    head, drawn from it. RM 0 and the RM of every MetaRM round start this way (paper, Figure 4).
     Eval mode is for TRAINING, too: with dropout, J would climb the noise between two random masks.
-    Raises: Mistake, naming the path and the fix, on anything that is no such model.
+    Raises: Mistake, naming the path and the fix, if it is not such a model.
     """
     auto_class = AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as they were
@@ -161,8 +164,8 @@ def load_reward_model(path: str, seed: int | None = None):
         model, tokenizer, new = load_pretrained(auto_class, path, LM_HEADS, num_labels=1)
         if new and seed is None:
             raise data.Mistake(f"{path}: no reward head ({new[0]}); train one from it with rm.py")
-        # transformers' heads read the last token that is NOT the pad id. Were EOS the pad id (as
-        # in GPT-2 recipes), that would be the one before EOS or, if that is all, the prompt's.
+        # transformers' heads read the last token that is NOT the pad id. If EOS were the pad id (as
+        # in GPT-2 recipes), they would read the token before EOS, for an empty response the prompt.
         if tokenizer.pad_token_id in (None, end_id(tokenizer)):
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
             if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -177,12 +180,12 @@ def load_reward_model(path: str, seed: int | None = None):
     return model, tokenizer
 
 
-# ------------------------------------------- rows: their begin and end, padding, length, and groups
+# ------------------------------------------------ rows: prefix and end, padding, length, and groups
 # Used by all files: `encode` and `pad` are the only ways from texts to tensors.
 @functools.cache
 def prefix_of(tokenizer) -> list[int]:
     """Returns what the tokenizer puts before a text by itself (BOS, [CLS])."""
-    # One letter with and without them: what comes before the letter's own ids is the prefix.
+    # Tokenize one letter with and without special tokens: what is before its own ids is the prefix.
     special, plain = (tokenizer("a", add_special_tokens=x).input_ids for x in (True, False))
     starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
     return special[: starts[0]] if starts else []
@@ -199,8 +202,8 @@ def end_id(tokenizer) -> int:
 def collate(tokenizer, rows: Sequence[Row], device="cpu") -> dict[str, Tensor]:
     """Returns {"input_ids", "attention_mask"} of rows, both (n, longest row), padded on the RIGHT.
 
-    Real tokens then sit at the positions 0, 1, 2 ... that the model was trained with, and in a
-    causal model none sees a pad. (ppo.py pads prompts on the left: generation goes on at the end.)
+    Real tokens then have the positions 0, 1, 2 ... that the model was trained with, and in a causal
+    model none sees a pad. (ppo.py pads prompts on the left: generation appends on the right.)
     """
     return pad([prompt + response for prompt, response in rows], tokenizer.pad_token_id, device)
 
@@ -208,11 +211,11 @@ def collate(tokenizer, rows: Sequence[Row], device="cpu") -> dict[str, Tensor]:
 def pad(rows: list[list[int]], pad_id: int, device="cpu", left=False) -> dict[str, Tensor]:
     """Returns {"input_ids", "attention_mask"} of n lists of ids, both (n, longest list)."""
     side = "left" if left else "right"
-    tensors = [torch.tensor(row).long() for row in rows]  # .long(): an empty list would give floats
+    tensors = [torch.tensor(row).long() for row in rows]  # .long(): an empty list gives floats
     ids = torch.nn.utils.rnn.pad_sequence(tensors, True, pad_id, side)
     # 1 at real tokens. (True: the batch comes first.)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in tensors], True, 0, side)
-    # Filled on the CPU and sent once: to write row by row to a GPU takes a launch for each.
+    # Fill on the CPU and send once: writing to a GPU row by row takes one launch per row.
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
@@ -230,7 +233,7 @@ def encode_groups(model, tokenizer, items: list[dict], source: str, max_length: 
         responses = item.get("responses") or [item[key] for key in keys if key in item]
         group = [encode(tokenizer, item["prompt"], response) for response in responses]
         [length] = row_lengths([group])
-        # As a whole: a pair of one response has no loss, and all prompts of S need the same k.
+        # Drop the whole item: a pair needs both responses, and all prompts of S need the same k.
         if max_length and length > max_length:
             continue
         # Never cut to fit: the RM would judge a text that nobody wrote, without its end.
@@ -247,7 +250,7 @@ def encode_groups(model, tokenizer, items: list[dict], source: str, max_length: 
 
 
 def positions(model) -> int:
-    """Returns the most tokens that a row may have."""
+    """Returns how many tokens a row may have at most."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -261,38 +264,38 @@ def positions(model) -> int:
 
 
 def row_lengths(groups: Sequence[Group]) -> list[int]:
-    """Returns the tokens of each group's longest row."""
+    """Returns the number of tokens of each group's longest row."""
     return [max(len(prompt_ids) + len(ids) for prompt_ids, ids in group) for group in groups]
 
 
 # ------------------------------------------------ loading and trying out checkpoints (ppo.py, too)
-# Whatever transformers loads is taken, if it passes these two. `load_pretrained` looks at what the
-# folder holds, `try_out` at what the model does with padding. Both refuse in one line.
-# Weights of a language model's checkpoint that its reward model has no use for.
+# Any model that transformers loads is accepted if it passes two functions: `load_pretrained` checks
+# what the folder holds, `try_out` what the model does with padding. Both raise a one-line Mistake.
+# LM_HEADS: names of weights in a language model's checkpoint that its reward model does not need.
 LM_HEADS = r"^(lm_head|lm_loss|(lm_|discriminator_|generator_)?predictions|generator_lm_head|"
 LM_HEADS += r"embed_out|pred_layer|sop_classifier|vocab_(transform|layer_norm|projector)|decoder|"
 LM_HEADS += r"cls\.(predictions|seq_relationship))(\.|$)"
 
 
 def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options):
-    """Returns (model, tokenizer, weights that were new), of RMs and policies: float32 on the CPU.
+    """Returns (model, tokenizer, names of newly initialised weights): float32, on the CPU.
 
     Float32 whatever the checkpoint's dtype: at a learning rate of 1e-6, no bf16 weight would move.
-    may_be_unused: pattern of the names that the checkpoint may have beside the model's.
+    may_be_unused: pattern of names of weights that the checkpoint may have and the model has not.
     Raises: Mistake naming the path if it holds no whole and finite checkpoint of this kind.
     """
     logging.set_verbosity_error()  # "newly initialised: score.weight" is said by us, if it matters
     logging.disable_progress_bar()
     # Since torch 2.11, cuDNN's attention comes first on H100 and B200. Its backward pass gives NaN
-    # for masked rows of 64 modulo 128 tokens (pytorch#196678), and each shape costs a plan.
+    # for masked rows of 64 modulo 128 tokens (pytorch#196678), and it plans anew for each shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # A hub name is owner/name. Anything else that is no folder would be asked of the hub in vain.
+    # A hub name is owner/name. Anything else that is not a folder is a mistake: do not ask the hub.
     if not Path(path).is_dir() and (path.count("/") != 1 or path[0] in "./~"):
         raise data.Mistake(f"{path}: no such folder; a hub name is like openai-community/gpt2")
-    if find_adapter_config_file(path):  # the loader would leave the adapter out, or train only it
+    if find_adapter_config_file(path):  # it would be ignored, or trained alone
         raise data.Mistake(f"{path}: a PEFT adapter; merge it first, or see docs/trainers/lora.py")
     options |= {"dtype": torch.float32, "use_safetensors": True}  # no pickles, no code from the hub
-    # Weights of another shape are then reported in `info` instead of raised, as missing ones are.
+    # Weights of another shape, like missing ones, are then reported in `info` and raise no error.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
     def load(part, **options):
@@ -302,17 +305,17 @@ def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options)
             raise data.Mistake(f"{path}: not a whole {auto_class.__name__} ({e!r:.200})") from e
 
     config, tokenizer = load(AutoConfig), load(AutoTokenizer)
-    # Weights of 4 or 8 bits take no gradient: all steps would be run, and nothing would move.
+    # Weights of 4 or 8 bits get no gradient: training would run, and they would not change.
     if any(getattr(x, "quantization_config", 0) for x in (config, config.get_text_config())):
         raise data.Mistake(f"{path}: quantised weights cannot train; see docs/trainers/lora.py")
     model, info = load(auto_class, **options)
-    # What is new may only be a head: weights of the trunk must come from the checkpoint (but for
-    # the pooler of an encoder, which a masked language model lacks).
+    # Only a head may be new: weights of the trunk must come from the checkpoint (except the pooler
+    # of an encoder, which a masked language model lacks).
     new = sorted(info["missing_keys"])
     trunk = f"{model.base_model_prefix}."
     wrong = [f"{key} has another shape" for key in sorted(info["mismatched_keys"])]
     wrong += [f"{key} is missing" for key in new if key.startswith(trunk) and "pooler" not in key]
-    # And what is left over may only be the old head: a reward head of another name must not go.
+    # And only the old head may be unused: a reward head under another name must not get lost.
     for key in sorted(info["unexpected_keys"]):
         wrong += [] if re.search(may_be_unused, key) else [f"its weight {key} would not be used"]
     for name, p in model.named_parameters():
@@ -329,9 +332,9 @@ def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options)
 def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]) -> None:
     """Reads short rows alone and padded together, and refuses a model whose answers differ.
 
-    So what is supported is a rule, and it is checked: a model must honour the attention mask. This
-    also finds out whether it can read on from a cache (`model.can_cache`, for ppo.generate), and
-    from one prompt's cache for many responses (`model.shares_prompts`, end of this file).
+    A model is supported if it honours the attention mask. It gets model.can_cache, whether it can
+    read on from a cache (for ppo.generate), and model.shares_prompts, whether it can read many
+    responses from one prompt's cache (end of this file).
     answer: groups -> one number per row: its reward, or the log-probability of its response.
     """
     # Two prompts and four responses, of four lengths: together, three of the rows are padded.
@@ -346,21 +349,21 @@ def try_out(model, tokenizer, path: str, answer: Callable[[list[Group]], Tensor]
         if data.out_of_memory(error):  # not the model's fault
             raise
         raise data.Mistake(f"{fault} ({error!r:.200})") from error
-    # float32 rounds in the sixth digit; a mask that is ignored shows in the fourth at the latest.
+    # Rounding in float32 shows in the sixth digit, an ignored mask in the fourth at the latest.
     close = {"rtol": 0, "atol": 5e-5 * (alone.abs().max().item() + 1e-2)}
     if not torch.allclose(alone, together, **close):
         raise data.Mistake(f"{fault}; use another model")
-    # Equal answers agree, however wrong: as of a head that reads the first token, or the padding.
+    # A head that reads the first token, or padding, would pass: all its answers are the same.
     if torch.allclose(alone, alone[:1], **close):
         raise data.Mistake(f"{path}: gives all responses one reward; use another model")
     try:
         model.shares_prompts = True
         model.can_cache = torch.allclose(alone, answer(groups), **close)
-    except Exception as error:  # no cache, or one of another kind: its rows are read in full
+    except Exception as error:  # no cache, or another kind of cache: rows are read in full
         if data.out_of_memory(error):
             raise
         model.can_cache = False
-    # Rows this short would not feel a window over the last tokens: such models read rows in full.
+    # These rows are too short to test attention with a window: such models read rows in full.
     # (ppo.generate reads on token by token, as transformers does.)
     config = model.config.get_text_config()
     windows = any(getattr(config, x, None) for x in ("sliding_window", "attention_chunk_size"))
@@ -383,19 +386,19 @@ def autocast(device: torch.device, bf16: bool = False) -> torch.autocast:
     """Returns a model's precision: float32 or, with bf16=True and on CUDA, bf16 products.
 
     bf16 is for policies (weights stay float32); on a CPU it would only cost precision. Reward
-    models get float32: a climb (Eq. 3) moves a weight by about 1e-6, less than bf16 can see, and L
-    and J at theta' would be computed from weights rounded anew. On SmolLM2-135M from weights stored
-    in bf16, with a climb of 0.02, bf16 shows .73 and .84 of float32's rise of J (two batches), TF32
-    products .83 and .91 (simulated on a CPU, rounded to nearest; cut off, 6.1 and 2.3).
+    models get float32: a climb (Eq. 3) moves a weight by about 1e-6, less than bf16 or TF32 can
+    resolve, so J and L would not see theta' but rounded weights. In a simulation (SmolLM2-135M, a
+    climb of 0.02), J rose by .7 to .9 of its rise in float32 where products were rounded to nearest
+    (bf16, TF32), and by 2 to 6 times that rise where TF32 cut digits off.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
 
 
 # ------------------------------------------------- the one training loop: RM, MetaRM, SFT and DPO
-# `fit` draws batches and counts steps. What a step does is a function that it is given: most are
-# made by `gradient_step` from a loss; metarm.py's is one step of Algorithm 1.
+# `fit` draws batches and calls a function `step` on each. `gradient_step` makes that function from
+# a loss, for RM, SFT and DPO; metarm.py has its own, one step of Algorithm 1.
 def epoch_batches(lengths: list[int], batch_size: int, seed: int, flag: str = "--batch_size"):
-    """Returns one epoch of len(lengths) items as lists of indices (a smaller last one is left out).
+    """Returns one epoch of len(lengths) items, as one list of indices per batch; all are full.
 
     Padding is computed like any token, so rows of like length share a batch: shuffle, cut into
     pools of 16 batches, sort each by length, cut it into batches, shuffle these.
@@ -403,7 +406,7 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, flag: str = "-
     """
     if len(lengths) < batch_size:
         raise data.Mistake(f"{len(lengths)} rows fill no batch; lower {flag} {batch_size}")
-    # A generator of its own: who else draws random numbers does not change the order of the data.
+    # Its own generator: no other use of random numbers changes the order of the data.
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator)
     batches = []
@@ -416,16 +419,17 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, flag: str = "-
 
 
 def gradient_step(model, loss_of, micro_batch_size, max_grad_norm, weight_of=len, bf16=False):
-    """Returns step(optimizer, batch, number) -> {"loss", "grad_norm"}: an optimizer step on it.
+    """Returns step(optimizer, batch, number) -> {"loss", "grad_norm"}: one optimizer step.
 
-    loss_of: groups -> scalar mean. A batch is cut into micro-batches to save memory. Each mean
-    counts by its share of the batch (`weight_of`: rows; in SFT tokens): same gradient.
+    loss_of: groups -> scalar mean. A batch is cut into micro-batches to save memory. Each of their
+    means is weighted by its share of the batch, so that the gradient is the same as without cuts.
+    weight_of(groups): what the mean is over: their number or, in SFT, the tokens of the responses.
     max_grad_norm: a longer gradient is scaled down to it. bf16: as in `autocast`.
     The step raises FloatingPointError, before anything has moved, on NaN and infinity.
     """
 
     def step(optimizer, batch: list[Group], number: int) -> dict[str, float]:
-        losses = []  # of the micro-batches: scalars, which sum to the mean over the batch
+        losses = []  # one scalar per micro-batch; their sum is the mean over the batch
         for start in range(0, len(batch), micro_batch_size):
             part = batch[start : start + micro_batch_size]
             with autocast(model.device, bf16):
@@ -434,7 +438,7 @@ def gradient_step(model, loss_of, micro_batch_size, max_grad_norm, weight_of=len
             losses.append(loss.detach())  # .item() here would wait for the GPU in every micro-batch
         total = sum(torch.stack(losses).tolist())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-        # Before the step, which would carry NaN from one weight into all.
+        # Check before the step: AdamW would carry NaN into every weight.
         if not total + norm < torch.inf:
             raise FloatingPointError(f"step {number}: loss {total}, gradient {norm}; lower --lr")
         optimizer.step()
@@ -447,16 +451,17 @@ def gradient_step(model, loss_of, micro_batch_size, max_grad_norm, weight_of=len
 def fit(
     model, groups, step, checkpoint, lr, batch_size, epochs, seed, look=None, log_every=1, sort=True
 ) -> list[dict]:
-    """Trains on groups and returns log.jsonl, which grows line by line beside the checkpoint.
+    """Trains on groups; returns the rows of log.jsonl, which gets one per step.
 
     AdamW; the learning rate decays linearly from lr to 0, as in the paper.
     step(optimizer, batch of groups, number) -> stats: `gradient_step`, or a step of Algorithm 1.
-    checkpoint: a `Checkpoint` of this run. seed: of the order of the groups.
-    look() -> stats, before every log_every-th step and at the end.
-    sort: rows of like length share a batch. Not for a mean over tokens: it would favour short rows.
+    checkpoint: the `Checkpoint` of this run. seed: for the order of the groups.
+    look() -> more stats, called before every log_every-th step and at the end.
+    sort: rows of like length share a batch. False for a mean over tokens, as short rows would then
+        weigh more.
     """
     lengths = row_lengths(groups) if sort else [0] * len(groups)
-    # Draw all batches first: a resumed run then knows those of the steps to come.
+    # Draw the batches of all steps first: a resumed run then has the same ones.
     batches = sum((epoch_batches(lengths, batch_size, seed + i) for i in range(epochs)), [])
     steps = len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -468,7 +473,7 @@ def fit(
             stats |= look()
         stats |= step(optimizer, [groups[i] for i in batches[number]], number)
         decay.step()
-        # The log first: of two that a kill can part, resume() cuts back the log.
+        # The log first: if a kill comes between the two, resume() cuts the log back.
         checkpoint.log(stats)
         checkpoint.save(number + 1)
     if look:
@@ -477,25 +482,25 @@ def fit(
 
 
 class Checkpoint:
-    """Saves and restores a stage: checkpoint.pt, and logs of one line per step. (PPO's, too.)
+    """Saves and restores a training run: checkpoint.pt, and logs of one line per step.
 
-    work: the folder of both. options: the command's, by name; `checkpoint_minutes` among them.
-    A checkpoint belongs to the options and to `trained_on`: a resumed run must not mix two.
+    work: the folder of both. options: {name: value} of the command, with `checkpoint_minutes`.
+    trained_on: the data. A run resumes only with the same options and data.
     """
 
     def __init__(self, work: Path, options: dict, trained_on=()):
-        # Out of memory, a run goes on with smaller micro-batches: the batches stay the same.
+        # These two may change: after running out of memory, one resumes with smaller micro-batches.
         fixed = options | {"checkpoint_minutes": 0, "micro_batch_size": 0}
-        # A checksum of the data, and not its file's name: the file may have been written anew.
+        # A checksum of the data: under the same file name, there may be other data now.
         self.run = f"{sorted(fixed.items())} {zlib.crc32(repr(trained_on).encode())}"
         self.work = work
         self.minutes = options["checkpoint_minutes"]
         self.last = time.monotonic()
 
     def resume(self, **parts) -> tuple[int, dict]:
-        """Returns (steps done, what `save` kept), with all parts and random numbers put back.
+        """Returns (steps done, `kept` of save); restores all parts and the random number generator.
 
-        parts: what changes from step to step and has a state_dict: models, optimizer, schedule.
+        parts: whatever changes from step to step and has a state_dict: models, optimizer, schedule.
         """
         self.parts = parts
         saved = {"step": 0, "kept": {}}
@@ -506,7 +511,7 @@ class Checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             torch.set_rng_state(saved["rng"])
-            # The machine that goes on may have fewer GPUs, or none.
+            # The machine that resumes may have fewer GPUs, or none.
             torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
         for log in self.work.glob("*.jsonl"):  # later steps will be logged again
             lines = log.read_bytes().splitlines(keepends=True)  # a str would split at U+2028, too
@@ -523,7 +528,7 @@ class Checkpoint:
         saved = {name: part.state_dict() for name, part in self.parts.items()}
         saved |= {"step": step, "kept": kept, "options": self.run}
         saved |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        # Renamed when it is whole: a kill while it is written leaves the last one.
+        # Rename the finished file: a kill during the writing leaves the previous checkpoint.
         torch.save(saved, self.work / "checkpoint.pt.tmp")
         os.replace(self.work / "checkpoint.pt.tmp", self.work / "checkpoint.pt")
         self.last = time.monotonic()
@@ -550,7 +555,7 @@ def training_options(parser) -> None:
 
 def look_at(model, tokenizer, path: str, max_length: int) -> Callable:
     """Returns look() -> {"accuracy": share of the file's pairs that the model orders right}."""
-    # Read now: a mistake in the file shows before the work.
+    # Read the file now: a mistake in it should show before training.
     pairs, _ = encode_groups(model, tokenizer, data.read_preferences(path), path, max_length)
     return lambda: {"accuracy": accuracy(model, tokenizer, pairs)}
 
@@ -583,13 +588,12 @@ def main(argv: list[str] | None = None) -> int:
 # through the cache; the rewards are the same. `rewards_of` and ppo.states_of use it.
 # To do without it, set model.shares_prompts = False (and in ppo.generate model.can_cache = False).
 def shares_prompts(model, saved: int = 0) -> bool:
-    """Whether to `read_prompts_once`: `try_out` found it right, and it pays to save these tokens.
+    """Returns whether to use `read_prompts_once`: is it right for this model, and does it pay?
 
-    saved: tokens of the rows read in full, less those of prompts and responses, padding counted.
-    It takes two passes instead of one. On a CPU that costs nothing. On a GPU a pass over 30 layers
-    and back is some 6,000 kernel launches, 60 ms for one row as for fifty: at 135M weights in
-    float32, the work of some 3,000 tokens, which also take 1.6 GB per 1,000 (bf16: 1.3 GB). So on a
-    GPU rows are read in full, unless 2,048 tokens are saved: that bounds what it costs in memory.
+    saved: how many tokens fewer it reads, padding counted. Its price is a second pass. On a CPU a
+    pass costs nothing by itself. On a GPU its kernel launches do: with 30 layers and 135M weights
+    in float32, they take the time of some 3,000 tokens. It is used from 2,048 saved tokens on: a
+    little slower at first, but those tokens would also take some 3 GB of memory.
     """
     return getattr(model, "shares_prompts", False) and (model.device.type == "cpu" or saved >= 2048)
 
@@ -602,7 +606,7 @@ def name_of_cache(output) -> str:
 def rewards_reading_prompts_once(forward, model, tokenizer, groups: Sequence[Group]) -> Tensor:
     """Returns what `rewards_of` returns, (n,)."""
     to_tensors = functools.partial(pad, pad_id=tokenizer.pad_token_id, device=model.device)
-    # Prompts are padded on the left: all responses then start in one column, behind their prompt.
+    # Pad prompts on the left: all responses then start in one column, right after their prompts.
     prompts = to_tensors([group[0][0] for group in groups], left=True)  # (m, p)
     responses = to_tensors([ids for group in groups for _, ids in group])  # (n, t)
     owner = torch.tensor([i for i, group in enumerate(groups) for _ in group]).to(model.device)
@@ -613,7 +617,7 @@ def read_prompts_once(forward, model, prompts: dict, responses: dict, owner: Ten
     """Returns (output on the prompts, output on the responses).
 
     Shapes: input_ids and attention_mask of prompts (m, p), padded on the left; of responses (n, t),
-    on the right; owner (n,): response i answers prompt owner[i]. options: of the pass over prompts.
+    on the right; owner (n,): response i answers prompt owner[i]. options: for the first pass.
     """
     position = (prompts["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # real tokens only
     before = forward(**prompts, position_ids=position, use_cache=True, **options)
