@@ -567,7 +567,7 @@ def modes(parser: argparse.ArgumentParser, names: str):
 # All numbers on command lines must be above 0, but these options may be 0. (workers: of the study
 # in docs/study.)
 ZERO = "seed eta noise max_length valid_share kl_coef gamma lam".split()
-ZERO += ["missing_eos_penalty", "checkpoint_minutes", "workers", "knob"]
+ZERO += ["missing_eos_penalty", "checkpoint_minutes", "workers"]
 # What an error says if memory has run out: in Python and numpy, torch and CUDA, the allocator of
 # the CPU, cuBLAS and cuDNN. A Mistake is excluded: it may quote somebody's text.
 NO_MEMORY = "^(?!Mistake).*(MemoryError|out of memory|allocate memory|ALLOC_FAILED)"

@@ -143,8 +143,7 @@ def meta_gradient(model, vanilla_loss, meta_loss, eta, order="first", normalize=
     # depends on theta, too, and is differentiated as well.
     if exact:
         outputs = list(theta_prime.values())
-        with sdpa_kernel(SDPBackend.MATH):  # this backward pass may pick kernels, too
-            product = torch.autograd.grad(outputs, list(theta.values()), list(grads.values()))
+        product = torch.autograd.grad(outputs, list(theta.values()), list(grads.values()))
         grads = dict(zip(theta, product, strict=True))
 
     info = {"difference": J, "meta_grad_norm": meta_grad_norm, "vanilla_loss_adapted": L}
@@ -261,7 +260,8 @@ def diagnostics(model, vanilla_loss, meta_loss, eta, normalize=False) -> dict[st
     grad_J, J = gradient(model, meta_loss)
     grad_L, L = gradient(model, vanilla_loss)
     scale = step_scale(grad_J.values(), eta, normalize)
-    theta_prime = climb(theta_of(model), grad_J, scale)
+    with torch.no_grad():
+        theta_prime = climb(theta_of(model), grad_J, scale)
     _, J_prime = gradient(model, meta_loss, at=theta_prime)
     _, L_prime = gradient(model, vanilla_loss, at=theta_prime)
     norm_J = global_norm(grad_J.values())
@@ -273,89 +273,7 @@ def diagnostics(model, vanilla_loss, meta_loss, eta, normalize=False) -> dict[st
     return found | {"rise": J_prime - J, "predicted_rise": float(scale * norm_J**2)}
 
 
-# A reader of the paper needs two more functions, in "numerics": `value_and_gradient`, `step_scale`.
-# All else below is bookkeeping that PyTorch asks for, and the command.
-# ----------------------- guards: models and losses that cannot be evaluated at other parameters
-def refuse_model(model) -> None:
-    """Raises ValueError on a model that cannot be called at other parameters than its own."""
-    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
-    if wrapped or any(hasattr(p, "full_tensor") for p in model.parameters()):  # a DTensor
-        raise ValueError("a DDP or FSDP2 model has one set of parameters; use metarm.lookahead")
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
-        raise ValueError("hooks on parameters would not see this gradient; use metarm.lookahead")
-    refuse_running_statistics(model)
-
-
-def refuse_running_statistics(model) -> None:
-    """Raises ValueError on BatchNorm and similar layers in train mode.
-
-    Each forward pass updates their running statistics. Those of S, and of D at theta', would stay
-    in the model. (Nor should a reward depend on the other rows of its batch.)
-    """
-    if any(m.training and getattr(m, "track_running_stats", False) for m in model.modules()):
-        raise ValueError("running statistics (BatchNorm) would take in theta'; call model.eval()")
-
-
-CHECKPOINTS = "gradient checkpointing runs layers again at theta, not theta'; use metarm.lookahead"
-
-
-def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
-    """Returns loss(forward). Raises ValueError if its gradient would be taken at other parameters.
-
-    This visits every operation of the loss. A loop whose loss differs from step to step only in its
-    rows may set `loss.graph_is_known = True` after the first step, to save that time.
-    """
-    try:
-        # Gradient checkpointing uses such hooks, so it raises here. The older, "reentrant" kind has
-        # none: the loop below finds it.
-        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTS):
-            value = loss(forward)
-    except RuntimeError as error:
-        raise (ValueError(error) if CHECKPOINTS in str(error) else error) from None
-    todo = [] if getattr(loss, "graph_is_known", False) else [value.grad_fn]
-    seen = {None, *todo}  # None: an input that needs no gradient
-    while todo and value.requires_grad:
-        node = todo.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(CHECKPOINTS)
-        if node.name() == "CompiledFunctionBackward" and create_graph:
-            raise ValueError("torch.compile has no second derivative; use order='first'")
-        # A loss that calls `forward` has theta's leaves here: plain tensors, not nn.Parameters.
-        if isinstance(getattr(node, "variable", None), nn.Parameter):
-            raise ValueError("a loss uses parameters of a model itself: call `forward` only")
-        new = {function for function, _ in node.next_functions} - seen
-        seen |= new
-        todo += new
-    return value
-
-
-# --------------------------------------------------------------------------------------- numerics
-def theta_of(model) -> Parameters:
-    """Returns theta as new leaves, which share the trainable weights' memory but not .grad."""
-    refuse_model(model)
-    return as_leaves({name: p for name, p in model.named_parameters() if p.requires_grad})
-
-
-def as_leaves(parameters: Parameters) -> Parameters:
-    """Returns the same values as leaves of a new graph: backward passes end here."""
-    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
-
-
-def everywhere(model, parameters: Parameters) -> Parameters:
-    """Returns {place: tensor}, one entry for each place of the model that holds a parameter.
-
-    `functional_call` needs them all: a tied weight is held by two modules, and one module may have
-    two names. It would find tied weights by itself, but it would leave theta' in the model where a
-    module has two names.
-    """
-    new = {id(p): parameters[name] for name, p in model.named_parameters() if p.requires_grad}
-    places = {}
-    for prefix, module in model.named_modules():  # each module once, under its first name
-        held = module.named_parameters(prefix, recurse=False, remove_duplicate=False)
-        places |= {place: new[id(p)] for place, p in held if id(p) in new}
-    return places
-
-
+# ------------------------------------------------------------------------ gradients, lengths, norms
 def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_graph=False):
     """Returns (mean of the losses, {name: its gradient}); it runs one micro-batch at a time."""
     losses = [losses] if callable(losses) else list(losses)
@@ -422,11 +340,93 @@ def finite_floats(**tensors: Tensor) -> dict[str, float]:
     return found
 
 
+# All below is bookkeeping that PyTorch asks for, and the command.
+# ---------------------------------------------------------- parameters that are not the model's own
+def theta_of(model) -> Parameters:
+    """Returns theta as new leaves, which share the trainable weights' memory but not .grad."""
+    refuse_model(model)
+    return as_leaves({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def as_leaves(parameters: Parameters) -> Parameters:
+    """Returns the same values as leaves of a new graph: backward passes end here."""
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+
+def everywhere(model, parameters: Parameters) -> Parameters:
+    """Returns {place: tensor}, one entry for each place of the model that holds a parameter.
+
+    `functional_call` needs them all: a tied weight is held by two modules, and one module may have
+    two names. It would find tied weights by itself, but it would leave theta' in the model where a
+    module has two names.
+    """
+    new = {id(p): parameters[name] for name, p in model.named_parameters() if p.requires_grad}
+    places = {}
+    for prefix, module in model.named_modules():  # each module once, under its first name
+        held = module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+        places |= {place: new[id(p)] for place, p in held if id(p) in new}
+    return places
+
+
 def reshard(model) -> None:
     """For FSDP2: drops gathered weights, so that the next forward gathers the shards anew."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
+
+
+# --------------------------- guards: models and losses that cannot be evaluated at other parameters
+def refuse_model(model) -> None:
+    """Raises ValueError on a model that cannot be called at other parameters than its own."""
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if wrapped or any(hasattr(p, "full_tensor") for p in model.parameters()):  # a DTensor
+        raise ValueError("a DDP or FSDP2 model has one set of parameters; use metarm.lookahead")
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
+        raise ValueError("hooks on parameters would not see this gradient; use metarm.lookahead")
+    refuse_running_statistics(model)
+
+
+def refuse_running_statistics(model) -> None:
+    """Raises ValueError on BatchNorm and similar layers in train mode.
+
+    Each forward pass updates their running statistics. Those of S, and of D at theta', would stay
+    in the model. (Nor should a reward depend on the other rows of its batch.)
+    """
+    if any(m.training and getattr(m, "track_running_stats", False) for m in model.modules()):
+        raise ValueError("running statistics (BatchNorm) would take in theta'; call model.eval()")
+
+
+CHECKPOINTS = "gradient checkpointing runs layers again at theta, not theta'; use metarm.lookahead"
+
+
+def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
+    """Returns loss(forward). Raises ValueError if its gradient would be taken at other parameters.
+
+    This visits every operation of the loss. A loop whose loss differs from step to step only in its
+    rows may set `loss.graph_is_known = True` after the first step, to save that time.
+    """
+    try:
+        # Gradient checkpointing uses such hooks, so it raises here. The older, "reentrant" kind has
+        # none: the loop below finds it.
+        with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTS):
+            value = loss(forward)
+    except RuntimeError as error:
+        raise (ValueError(error) if CHECKPOINTS in str(error) else error) from None
+    todo = [] if getattr(loss, "graph_is_known", False) else [value.grad_fn]
+    seen = {None, *todo}  # None: an input that needs no gradient
+    while todo and value.requires_grad:
+        node = todo.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(CHECKPOINTS)
+        if node.name() == "CompiledFunctionBackward" and create_graph:
+            raise ValueError("torch.compile has no second derivative; use order='first'")
+        # A loss that calls `forward` has theta's leaves here: plain tensors, not nn.Parameters.
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            raise ValueError("a loss uses parameters of a model itself: call `forward` only")
+        new = {function for function, _ in node.next_functions} - seen
+        seen |= new
+        todo += new
+    return value
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -496,14 +496,14 @@ def train(args) -> None:
             if logged and number > 0 and not warned:
                 rise, predicted = info["rise"], info["predicted_rise"]
                 if abs(rise - predicted) > 0.5 * predicted + 1e-6:  # float32 rounds J by 1e-7
-                    warned.append(f"J rose by {rise:.2g}, Eq. 8 predicts {predicted:.2g}")
+                    warned.append(f"J rose by {rise:.2g}, its slope predicts {predicted:.2g}")
                     fix = f"lower --eta {eta:.2g} (or raise it, if that is mere rounding)"
                     print(f"\nmetarm.py: warning: {warned[0]}: {fix}", file=sys.stderr)
             return info
 
         look = args.eval_data and rm.look_at(model, tokenizer, args.eval_data, args.max_length)
         how = (args.lr, args.batch_size, args.epochs, args.seed, look, args.log_every)  # of rm.fit
-        log = rm.fit(model, D, step, rm.Checkpoint(work, vars(args), D), *how)
+        log = rm.fit(model, D, step, rm.Checkpoint(work, vars(args), [D, S]), *how)
         rm.save_model(model, tokenizer, work)
         if args.save_adapted:  # one climb from the trained theta, on the first step's X_s
             J_parts = micro_batches(J, [S[i] for i in drawn[0]], args.micro_batch_size)
@@ -521,8 +521,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--meta", required=True, help="meta set S, .jsonl: a prompt and k responses per row")
     add("--normalize", action=argparse.BooleanOptionalAction, default=True, help="eta is a length")
-    # Of Eq. 3. Without --normalize it is the paper's factor before grad J, and --lr by default.
-    add("--eta", type=float, help=f"how far to climb (a length of {DEFAULT_LENGTH}; or --lr)")
+    # Of Eq. 3. With --no-normalize it is the paper's factor before grad J, and --lr by default.
+    add("--eta", type=float, help=f"length of the climb ({DEFAULT_LENGTH}), or a factor (--lr)")
     add("--order", choices=["first", "exact"], default="first", help="exact takes twice as long")
     add("--meta_batch_size", type=int, default=16, help="m: prompts of S per step")
     add("--save_adapted", default="", help="folder for theta' of the trained model, on one batch")

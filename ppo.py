@@ -663,8 +663,8 @@ def main(argv: list[str] | None = None) -> int:
     # How it is trained.
     add("sft dpo ppo sample", "--seed", type=int, default=0, help="of data order and sampling")
     add("sft", "--lr", type=float, default=2e-5, help="AdamW's learning rate, decaying to 0")
-    add("dpo ppo", "--lr", type=float, default=5e-7, help="the same (ppo: constant)")
-    add("ppo", "--critic_lr", type=float, default=1.5e-6, help="and of the critic")
+    add("dpo ppo", "--lr", type=float, default=5e-7, help="AdamW's (ppo: constant)")
+    add("ppo", "--critic_lr", type=float, default=1.5e-6, help="the critic's, constant")
     add("sft dpo ppo sample", "--batch_size", type=int, default=32, help="rows (rollouts) per step")
     add("sft dpo ppo", "--micro_batch_size", type=int, default=32, help="rows per pass: memory")
     add("sft dpo", "--epochs", type=int, default=1, help="passes over the data")

@@ -548,7 +548,7 @@ def training_options(parser) -> None:
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--max_length", type=int, default=0, help="drop longer rows, in tokens; 0: refuse them")
     add("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to it")
-    add("--log_every", type=int, default=20, help="steps between two looks at held-out pairs")
+    add("--log_every", type=int, default=20, help="steps between looks: held-out pairs, the climb")
     add("--checkpoint_minutes", type=float, default=5.0, help="a kill costs this much work at most")
     add("--seed", type=int, default=0, help="of a new head, and of the order of the data")
 
