@@ -45,10 +45,10 @@ def plain_loop(**forced):
 
 
 def test_all_examples_take_the_default_climb():
-    told = [metarm.__doc__, metarm.lookahead.__doc__]
+    told = [metarm.__doc__, metarm.lookahead.__doc__, *SNIPPETS.values()]
     told += [file.read_text(encoding="utf-8") for file in TRAINERS.glob("*.py")]
     climbs = re.findall(r"eta=([\d.]+),\s+normalize=(\w+)", "".join(told))
-    assert len(climbs) == 5 and set(climbs) == {(str(metarm.DEFAULT_LENGTH), "True")}
+    assert len(climbs) == 7 and set(climbs) == {(str(metarm.DEFAULT_LENGTH), "True")}
 
 
 def test_lookahead_in_the_readme():

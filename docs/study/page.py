@@ -10,6 +10,7 @@ arms reach. All else is secondary. OLD worlds, of an earlier study, are in the p
 """
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -22,14 +23,11 @@ from summary import table as read_table
 
 PRIMARY, OLD = "shifted.matched", range(200, 216)
 FIRST, STALE = f"first@{CLIMB}", f"stale@{CLIMB}"
-# claim: arm, rival
-CONTRASTS = {
-    "MetaRM's RM orders more right than a plain RM": (FIRST, "plain"),
-    "than with S from SFT": (FIRST, STALE),
-}
+# MetaRM minus: arm, rival
+CONTRASTS = {"a plain RM": (FIRST, "plain"), "MetaRM, S from SFT": (FIRST, STALE)}
 OF_POLICIES = {
-    "MetaRM's policies gain more gold than PPO's on RM₀": (f"ppo:{FIRST}", "ppo:rm0"),
-    "than PPO's on plain RMs with new seeds": (f"ppo:{FIRST}", "ppo:plain"),
+    "PPO on RM₀, SD of gold": (f"ppo:{FIRST}", "ppo:rm0"),
+    "PPO on plain RMs with new seeds, SD of gold": (f"ppo:{FIRST}", "ppo:plain"),
 }
 MARGIN, GOLD_MARGIN = 2.0, 0.2  # points, SD of gold: the least gain worth having
 Worlds = dict[int, float]  # a figure of each world, by its seed
@@ -247,19 +245,20 @@ def markdown(first: str, rows: dict[str, list[str]], headings: list[str]) -> str
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def verdicts(table: Table, contrasts: dict, metric: str, margin: float) -> str:
-    """The primary contrasts."""
-    found, rows = {claim: table.gain(a, metric, b) for claim, (a, b) in contrasts.items()}, {}
-    tests = {claim: t_test(some.values()) for claim, some in found.items()}
-    for (claim, (mean, _, high, _)), p in zip(
-        tests.items(), holm([test[3] for test in tests.values()]), strict=True
-    ):
-        x = list(found[claim].values())
-        sd = float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
-        seen = f"{len(x)}; {smallest_effect(sd, max(2, len(x))):.2g}"
-        rows[claim] = [f"**{better(mean, high, p, margin)}**, {p:.2f}", show(found[claim]), seen]
-    headings = ["verdict, p (Holm)", "difference [95 %]", "worlds; smallest effect seen"]
-    return markdown(table.task, rows, headings)
+def verdicts(tables: list[Table]) -> str:
+    """The primary contrasts of all tasks; Holm's correction is over the two of one kind and task."""
+    rows = {}
+    kinds = [(CONTRASTS, PRIMARY, MARGIN, 1), (OF_POLICIES, "gold.path", GOLD_MARGIN, 2)]
+    for table, (contrasts, metric, margin, digits) in itertools.product(tables, kinds):
+        found = {name: table.gain(a, metric, b) for name, (a, b) in contrasts.items()}
+        tests = [t_test(some.values()) for some in found.values()]
+        adjusted = holm([test[3] for test in tests])
+        for (name, some), (mean, _, high, _), p in zip(found.items(), tests, adjusted, strict=True):
+            if p == p:
+                effect = smallest_effect(float(np.std([*some.values()], ddof=1)), len(some))
+                row = [f"**{better(mean, high, p, margin)}**, {p:.2f}", show(some, digits)]
+                rows[f"{table.task}: {name}"] = [*row, f"{len(some)}; {effect:.2g}"]
+    return markdown("MetaRM minus", rows, ["verdict, p", "difference", "worlds; smallest effect"])
 
 
 def grid(first: str, columns: dict[str, list[str]], rows: dict[str, tuple], figure) -> str:
@@ -285,34 +284,29 @@ def games(table: Table, r: int = ROUNDS) -> str:
     return markdown("win/tie/lose, %; win − lose [95 %]", rows, list(RIVALS))
 
 
-def headline(table: Table) -> str:
-    """The primary results of a task, each with its interval and its worlds."""
-    claims = [(pair, PRIMARY, 1, "points") for pair in CONTRASTS.values()]
-    claims += [(pair, "gold.path", 2, "SD of gold") for pair in OF_POLICIES.values()]
-    said = []
-    for (arm, rival), metric, digits, unit in claims:
-        gain = table.gain(arm, metric, rival)
-        if gain:
-            said.append(f"{title(rival)} {show(gain, digits)} {unit} in {len(gain)} worlds")
-    return f"On {table.task}, MetaRM (η = {CLIMB}) minus {'; minus '.join(said)}.\n"
+def headline(tables: list[Table]) -> str:
+    """The first primary result of each task."""
+    gains = [(table.task, table.gain(FIRST)) for table in tables]
+    said = [f"on {task} {show(x, 1)} ({len(x)} worlds)" for task, x in gains if x]
+    return f"MetaRM minus plain RM, in points of right order: {', '.join(said) or '–'}.\n"
 
 
 def tables(folder: Path) -> str:
     """All tables of study.csv, as Markdown."""
-    all_rows, parts = [row for row in read_rows(folder) if row[1] not in OLD], []
-    for task in sorted({row[0] for row in all_rows}):
-        table, plain = Table(all_rows, task), {"plain RM": ("plain",)}
+    rows = [row for row in read_rows(folder) if row[1] not in OLD]
+    found = [Table(rows, task) for task in sorted({row[0] for row in rows})]
+    parts = [headline(found), verdicts(found)]
+    for table in found:
         arms = {title(arm): (arm,) for arm in table.arms()}
         chain = sorted({what[:4] for _, what in table.found if what[:3] == "ppo"})
         policies = {name: ("rm0", name) for name in ("sft", *chain, "gold", "ood")}
-        parts += [f"## {task.capitalize()}\n", headline(table)]
-        parts.append(verdicts(table, CONTRASTS, PRIMARY, MARGIN))
+        plain = {"plain RM": ("plain",)}
+        parts.append(f"## {table.task.capitalize()}\n")
         parts.append(grid("RM₀ on samples of", STALENESS, policies, table.on))
         parts.append(grid("", EFFECTS, plain, table.get))
         parts.append(grid("minus the plain RM", EFFECTS, arms, table.gain))
         parts.append(grid("climbs", CLIMBS, plain | arms, table.get))
         if table.policies:
-            parts.append(verdicts(table, OF_POLICIES, "gold.path", GOLD_MARGIN))
             arms = {title(arm): (arm,) for arm in table.policies}
             parts.append(grid("PPO on", WORTH, arms, table.get))
             parts.append(games(table))
