@@ -6,6 +6,9 @@ D          pairs of responses of the SFT policy, labelled by Bradley-Terry from 
 OOD        (out of domain) five problems of a travel desk. They are in the SFT text, which stands in
            for pre-training, but not in D.
 
+Beside the paper, read GOLD, gold_reward() and label_pairs(). The rest is a toy language, the
+formats of preference files, and what a command does about folders and errors.
+
 python data.py toy --out runs/toy/data --seed 0
     writes sft.jsonl {"prompt", "response"}; prompts-X.jsonl {"prompt"} for X = pairs, meta, ppo,
     valid, test, ood, ood-meta, ood-ppo; and model/, an untrained tiny Llama with its tokenizer.
@@ -44,7 +47,7 @@ GOLD = {  # points
     "time": 1.0,  # says when
     "empty promise": -1.5,  # each
     "repeated sentence": -1.0,  # each
-    "broken sentence": -0.5,  # each that nobody at this desk would say: babble must not pay
+    "broken sentence": -0.5,  # each that nobody at this desk would say, as random words
     "word too many": -0.1,  # each beyond LONGEST
     "word too few": -0.3,  # each short of SHORTEST
 }
@@ -190,8 +193,8 @@ KNOWN |= {f"{stem} {x}".lower() for p in PROBLEMS.values() for stem in STEMS for
 # ------------------------------------------------------------------------------ how text is written
 # Most SFT text is neither courteous nor long enough for the gold reward to fall again. In it, more
 # courtesy is better, and a reward model learns that from D. PPO then goes on to where it is wrong.
-# A mix is {choice: its share of the responses}. P_NAMES, P_TIME, P_PROMISE, P_REPEAT are the shares
-# that name the thing, say when, make an empty promise, repeat a sentence.
+# A mix is {choice: its share of the responses}; each P_ is the share of those that name the thing,
+# say when, make an empty promise, repeat a sentence.
 REMEDY_MIX = {"fits": 0.40, "fits, and another": 0.10, "another": 0.30, "none": 0.20}
 COURTESY_MIX = {0: 0.35, 1: 0.35, 2: 0.22, 3: 0.06, 4: 0.02}  # how many courteous sentences
 FILLER_MIX = {0: 0.35, 1: 0.45, 2: 0.20}  # how many sentences that say nothing
@@ -259,7 +262,8 @@ def make_world(seed: int, sizes: dict[str, int], world=DIALOGUE) -> dict[str, li
     rng = random.Random(seed)
     drawn: dict[str, list[str]] = {name: [] for name in sizes}  # {set: its prompts}
     for ood, domain in enumerate(domains):
-        # How many prompts of this domain each set takes; "sft" takes OOD_SHARE of its from OOD.
+        # How many prompts of this domain each set takes; "sft" takes OOD_SHARE of its own from OOD.
+        # (ood is 0 or 1, and so is a comparison: the sets named "ood.." for 1, the others for 0.)
         share = {"sft": 0} | {name: n for name, n in sizes.items() if name.startswith("ood") == ood}
         share["sft"] += round(OOD_SHARE * sizes["sft"]) * (1 if ood else -1)
         pool = prompts_of(domain)
@@ -352,7 +356,7 @@ def read_lines(path) -> list[tuple[str, dict]]:
         try:
             file = hf_hub_download(f"{owner}/{rest[0]}", rest[1], repo_type="dataset")
         except Exception as e:  # of a dozen types
-            raise Mistake(f"{path}: not here, and not to be had from the hub: {e!r:.80}") from e
+            raise Mistake(f"{path}: found neither here nor on the hub: {e!r:.80}") from e
     rows = []
     try:
         raw = Path(file).read_bytes()

@@ -30,7 +30,7 @@ ARMS = dict(sft="SFT", dpo="DPO", ppo="PPO on RM0", reseeded="reseeded RM", meta
 NAMES = ARMS | dict(rm0="RM0", oracle="gold-label RM")
 COLOURS = dict(ppo="#0072B2", reseeded="#009E73", metarm="#D55E00")  # the arms that PPO trains
 MIN_PAIRS = 20  # an accuracy on fewer pairs is left out
-TIE = 0.25  # a smaller difference between two answers is a tie, in SDs of gold
+TIE = 0.25  # a smaller difference between two answers is a tie, in SDs of the judge's rewards
 GAP_EDGES = (TIE, 0.375, 0.5, 0.75, 1, 1.5, 2, 3, np.inf)  # bins of |gold gap|, in SDs
 CLIMB = ("rise", "predicted_rise", "loss_change", "first_order_gain")  # of metarm.diagnostics
 GAP_SHARES = np.arange(0, 0.98, 0.02)  # quantiles of |reward gap|, for the paper's Figure 5
@@ -124,6 +124,7 @@ def bleu(hypothesis: list[str], references: list[list[str]], longest: int = 5) -
     texts = [hypothesis, *references]
     logs = []  # log of the share of our n-grams that a reference has, n = 1, 2 ..
     for n in range(1, min(longest, len(hypothesis)) + 1):
+        # The n-grams of each text, with their counts.
         ours, *others = (Counter(zip(*(x[i:] for i in range(n)), strict=False)) for x in texts)
         most = Counter()
         for other in others:
@@ -288,6 +289,7 @@ def criteria(results: dict) -> dict[str, dict]:
         if np.isnan([now, bound]).any():
             found[what] = dict(before=None, after=None, criterion=f"left out: {lacks}", holds=None)
 
+    # The bounds are conventions of this report; the paper has none.
     # RM0 is still right on D ..
     right = rm0["accuracy"]
     bar = 50 + (results["ceiling"] - 50) / 5  # a fifth of the way from chance to the ceiling

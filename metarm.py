@@ -7,22 +7,26 @@ temporarily to parameters theta' that separate S better, computes D's gradient t
 it at theta. Source: Dou et al., "MetaRM" (arXiv 2405.00438). Equation numbers are those of the
 AAAI 2025 version.
 
-    Algorithm 1.  for t = 0 .. T-1:
-        sample X_t, n pairs of D, and X_s, m prompts of S              rm.fit, train
+    Algorithm 1.  for t = 0 .. T-1:                                    rm.fit
+        sample X_t, n pairs of D, and X_s, m prompts of S              rm.fit; `step` of train
         J       = difference loss of r_theta on X_s           Eq. 2    difference_loss
-        theta'  = theta + eta * grad J(theta)   (an ASCENT)   Eq. 3    meta_gradient, climb
+        theta'  = theta + eta * grad J(theta)   (an ASCENT)   Eq. 3    climb, step_scale
         g       = gradient of L on X_t, taken at theta'       Eq. 4    meta_gradient
         theta  <- theta - alpha * g             (from theta)  Eq. 5    metarm_step
 
 L is the usual loss of a reward model, Eq. 1: rm.preference_loss. alpha is the optimizer's learning
-rate. The published method is FIRST ORDER: g is the gradient with respect to theta'. order="exact"
-also differentiates through Eq. 3, as MAML does; `meta_gradient` shows the line between the two.
+rate; the command uses AdamW. eta is the paper's factor or, as the command sets it, the LENGTH of
+the climb: theta' = theta + eta * grad J / |grad J|. `adapted` in a name means "at theta'".
+
+The published method is FIRST ORDER: g is the gradient with respect to theta'. order="exact" also
+differentiates through Eq. 3, as MAML does; `meta_gradient` shows the line between the two.
 
 As a library, this file needs only torch. `forward` is called in place of the model:
 
+    # forward(x) returns what model(x) does: here rewards, one per row
     def L(forward): return -logsigmoid(forward(chosen) - forward(rejected)).mean()
     def J(forward): return metarm.difference_loss(forward(samples).view(m, k))
-    model.eval()  # no dropout: J would climb the noise between two random masks
+    model.eval()  # under dropout, even equal responses differ: J would climb that noise
     metarm.metarm_step(model, optimizer, L, J, eta=0.02, normalize=True)
 
     python metarm.py --model runs/toy/sft --data runs/toy/pairs/train.jsonl \
@@ -48,8 +52,9 @@ Parameters = dict[str, Tensor]  # {name as in model.named_parameters(): tensor}
 # holds one such function per micro-batch; the loss is their mean.
 Losses = Callable | list[Callable]
 
-# The command's default for |theta' - theta|, the length of the climb. As with SAM's rho, the right
-# length depends on the curvature of J and L, not on the learning rate or the number of weights.
+# The command's default for |theta' - theta|, the length of the climb, chosen on toy worlds and on
+# SmolLM2-135M: Eq. 8 holds there (README). As with SAM's rho, the right length depends on the
+# curvature of J and L, so look at `diagnostics` on another model.
 DEFAULT_LENGTH = 0.02
 
 
@@ -65,14 +70,15 @@ def difference_loss(rewards: Tensor) -> Tensor:
     (k-1)/(2k), all rewards equal, and (k-1)/k, all far apart: larger is better.
     Raises: ValueError on another shape. Source: paper, Eq. 2.
     """
-    m, k = rewards.shape if rewards.dim() == 2 else (0, 0)
-    if m < 1 or k < 2 or not rewards.is_floating_point():
+    k = rewards.shape[-1] if rewards.dim() == 2 and len(rewards) > 0 else 0
+    if k < 2 or not rewards.is_floating_point():
         raise ValueError(f"rewards must be (m, k >= 2), got {rewards.dtype} {tuple(rewards.shape)}")
     # All pairs i < j of responses to one prompt: i and j have k(k-1)/2 entries each.
     i, j = torch.triu_indices(k, k, offset=1, device=rewards.device)
-    # The differences are (m, k(k-1)/2). |.| has a kink at 0, where torch takes the slope 0: J does
-    # not push two exactly equal rewards apart.
-    return 2 / k**2 * (rewards[:, i] - rewards[:, j]).abs().sigmoid().sum(dim=1).mean()
+    # |.| has a kink at 0, where torch takes the slope 0: J does not push equal rewards apart.
+    gaps = (rewards[:, i] - rewards[:, j]).abs()  # (m, k(k-1)/2)
+    sums = gaps.sigmoid().sum(dim=1)  # (m,)
+    return 2 / k**2 * sums.mean()
 
 
 def climb(theta: Parameters, grad_J: Parameters, scale: Tensor) -> Parameters:
@@ -80,20 +86,28 @@ def climb(theta: Parameters, grad_J: Parameters, scale: Tensor) -> Parameters:
     return {name: plus(p, scale, grad_J[name]) for name, p in theta.items()}
 
 
-def gradient(model: nn.Module, loss: Losses, at: Parameters | None = None):
-    """Returns ({name: gradient of the loss}, the loss as a float) at theta. No weight is changed.
+def step_scale(grads, eta: float, normalize: bool) -> Tensor:
+    """Returns the factor before grad J in Eq. 3, a 0-dim tensor (a float would wait for a GPU).
 
-    loss: as in `meta_gradient`. at: use these parameters instead of theta, for example theta'.
-    Raises: as `meta_gradient`.
+    grads: the tensors of grad J. The factor is eta, or with normalize eta / |grad J|: the climb is
+    then eta long, however small |grad J| is. So if all k responses are equal, and their rewards
+    differ by rounding only, noise of 1e-8 becomes a full step. Where |grad J| is 0, so is the step.
     """
-    parameters = theta_of(model) if at is None else as_leaves(at)
+    if not (math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta must be a finite number >= 0, got {eta}")
+    norm = global_norm(grads)
+    return eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta)
+
+
+def plus(a: Tensor, scale: Tensor, b: Tensor) -> Tensor:
+    """Returns a + scale * b, computed in float32 at least: eta/|grad J| may exceed fp16's 65504."""
+    return (a + scale.to(a.device) * b.to(scale.dtype)).to(a.dtype)
+
+
+def forward_at(model: nn.Module, parameters: Parameters) -> Callable:
+    """Returns a function that calls the model with these parameters in place of its own."""
     places = everywhere(model, parameters)
-
-    def forward(*args, **kwargs):  # calls the model with `parameters` in place of its own
-        return functional_call(model, places, args, kwargs, tie_weights=False)
-
-    value, grads = value_and_gradient(loss, forward, parameters)
-    return grads, finite_floats(loss=value, grad_norm=global_norm(grads.values()))["loss"]
+    return lambda *args, **kw: functional_call(model, places, args, kw, tie_weights=False)
 
 
 def meta_gradient(model, vanilla_loss, meta_loss, eta, order="first", normalize=False):
@@ -115,30 +129,26 @@ def meta_gradient(model, vanilla_loss, meta_loss, eta, order="first", normalize=
     if order not in ("first", "exact"):
         raise ValueError(f"order must be 'first' or 'exact', got {order!r}")
     exact = order == "exact"
-    theta = theta_of(model)  # {name: (shape of the weight)}
-
-    def forward_at(parameters):  # returns a function that calls the model with these parameters
-        places = everywhere(model, parameters)
-        return lambda *args, **kw: functional_call(model, places, args, kw, tie_weights=False)
+    theta = theta_of(model)  # the trainable weights as new leaves; the model's own .grad stays
 
     # J on X_s at theta (Eq. 2), and its gradient. The exact order needs that gradient's own graph,
     # and the math attention kernel: the fused kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
-        J, grad_J = value_and_gradient(meta_loss, forward_at(theta), theta, create_graph=exact)
+        J, grad_J = value_and_gradient(meta_loss, forward_at(model, theta), theta, exact)
 
     # theta' = theta + eta * grad J (Eq. 3): a second set of parameters beside the model's own.
     meta_grad_norm = global_norm(grad_J.values())
     theta_prime = climb(theta, grad_J, step_scale(grad_J.values(), eta, normalize))
     del grad_J  # first order needs it no longer, and L needs the memory
 
-    # L on X_t at theta', and its gradient with respect to theta' (Eq. 4). So theta' must be leaves:
-    # the same values, cut off from theta.
+    # L on X_t at theta' (Eq. 4). Its gradient is taken with respect to theta' itself. Therefore cut
+    # theta' off from theta: the same values, as leaves of a new graph.
     leaves = as_leaves(theta_prime)
-    L, grads = value_and_gradient(vanilla_loss, forward_at(leaves), leaves)
+    L, grads = value_and_gradient(vanilla_loss, forward_at(model, leaves), leaves)
 
     # THE line between the two orders. The first order stops here: it applies grads, dL/dtheta'. The
     # exact order goes on, since theta' depends on theta: dL/dtheta = (dtheta'/dtheta)^T dL/dtheta'.
-    # That is one vector-Jacobian product through Eq. 3, whose graph create_graph kept above.
+    # That is one vector-Jacobian product through Eq. 3, whose graph was kept above.
     # Without normalize it equals (I + eta * Hessian of J) grads. With normalize, eta/|grad J|
     # depends on theta, too, and is differentiated as well.
     if exact:
@@ -179,10 +189,12 @@ def metarm_step(
     return info
 
 
+# Algorithm 1 ends here. Next: its step in place, theta' for measurements, Eqs. 6 to 8 in numbers.
 @contextmanager
 def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Iterator[None]:
     """Moves the model to theta' in place and back, for DDP, FSDP2, TRL and gradient checkpointing.
 
+        optimizer.zero_grad()               # or the climb would follow the last grad L, too
         J(model).backward()                 # p.grad is grad J, of ALL of X_s
         with metarm.lookahead(model, eta=0.02, normalize=True):
             L(model).backward()             # at theta': forward AND backward, ALL of X_t
@@ -234,6 +246,17 @@ def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Itera
             raise RuntimeError("lookahead: FSDP2 failed inside its forward; build the model anew")
 
 
+def gradient(model: nn.Module, loss: Losses, at: Parameters | None = None):
+    """Returns ({name: gradient of the loss}, the loss as a float) at theta. No weight is changed.
+
+    loss: as in `meta_gradient`. at: use these parameters instead of theta, for example theta'.
+    Raises: as `meta_gradient`.
+    """
+    parameters = theta_of(model) if at is None else as_leaves(at)
+    value, grads = value_and_gradient(loss, forward_at(model, parameters), parameters)
+    return grads, finite_floats(loss=value, grad_norm=global_norm(grads.values()))["loss"]
+
+
 def adapted_parameters(model: nn.Module, meta_loss: Losses, eta: float, normalize: bool = False):
     """Returns theta' of Eq. 3, {name: tensor}; the model stays untouched.
 
@@ -262,6 +285,7 @@ def diagnostics(model, vanilla_loss, meta_loss, eta, normalize=False) -> dict[st
     scale = step_scale(grad_J.values(), eta, normalize)
     with torch.no_grad():
         theta_prime = climb(theta_of(model), grad_J, scale)
+    # Here only the values are used. (Backward passes free memory from micro-batch to micro-batch.)
     _, J_prime = gradient(model, meta_loss, at=theta_prime)
     _, L_prime = gradient(model, vanilla_loss, at=theta_prime)
     norm_J = global_norm(grad_J.values())
@@ -290,7 +314,7 @@ def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_g
     if create_graph and total.requires_grad:
         # Not by way of .grad: a leaf and a .grad with a graph back to it would never be freed.
         grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
-    torch.clear_autocast_cache()  # within autocast, it would keep bf16 copies of the leaves
+    torch.clear_autocast_cache()  # within autocast, PyTorch would keep bf16 copies of the leaves
     if all(grad is None for grad in grads):
         fix = "call `forward`, and not under no_grad(); or the model has no trainable parameters"
         raise ValueError(f"a loss does not depend on theta: {fix}")
@@ -299,24 +323,6 @@ def value_and_gradient(losses: Losses, forward, parameters: Parameters, create_g
     # A parameter that the loss does not use gets a gradient of zeros.
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
     return total.detach(), dict(zip(parameters, grads, strict=True))
-
-
-def step_scale(grads, eta: float, normalize: bool) -> Tensor:
-    """Returns the factor before grad J in Eq. 3, a 0-dim tensor (a float would wait for a GPU).
-
-    grads: the tensors of grad J. The factor is eta, or with normalize eta / |grad J|: the climb is
-    then eta long, however small |grad J| is. So if all k responses are equal, and their rewards
-    differ by rounding only, noise of 1e-8 becomes a full step. Where |grad J| is 0, so is the step.
-    """
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta must be a finite number >= 0, got {eta}")
-    norm = global_norm(grads)
-    return eta / (norm + 1e-12) * (norm > 0) if normalize else torch.full_like(norm, eta)
-
-
-def plus(a: Tensor, scale: Tensor, b: Tensor) -> Tensor:
-    """Returns a + scale * b, computed in float32 at least: eta/|grad J| may exceed fp16's 65504."""
-    return (a + scale.to(a.device) * b.to(scale.dtype)).to(a.dtype)
 
 
 def global_norm(tensors) -> Tensor:
@@ -356,9 +362,9 @@ def as_leaves(parameters: Parameters) -> Parameters:
 def everywhere(model, parameters: Parameters) -> Parameters:
     """Returns {place: tensor}, one entry for each place of the model that holds a parameter.
 
-    `functional_call` needs them all: a tied weight is held by two modules, and one module may have
-    two names. It would find tied weights by itself, but it would leave theta' in the model where a
-    module has two names.
+    A tied weight is held by two modules, and one module may have two names. By itself,
+    `functional_call` finds tied weights; but if one module has two names, it does not put the old
+    weights back.
     """
     new = {id(p): parameters[name] for name, p in model.named_parameters() if p.requires_grad}
     places = {}
@@ -475,13 +481,11 @@ def train(args) -> None:
         warned = []
 
         def J(forward, groups):  # Eq. 2 on prompts of S
-            with rm.autocast(model.device):
-                rewards = rm.rewards_of(forward, model, tokenizer, groups)  # (m k,)
-                return difference_loss(rewards.view(len(groups), -1))  # (m, k) -> scalar
+            rewards = rm.rewards_of(forward, model, tokenizer, groups)  # (m k,)
+            return difference_loss(rewards.view(len(groups), -1))  # (m, k) -> scalar
 
         def L(forward, groups):  # Eq. 1 on pairs of D
-            with rm.autocast(model.device):
-                return rm.pair_loss(forward, model, tokenizer, groups)
+            return rm.pair_loss(forward, model, tokenizer, groups)
 
         def step(optimizer, X_t, number):  # one step of Algorithm 1
             L_parts = micro_batches(L, X_t, args.micro_batch_size)
@@ -497,7 +501,7 @@ def train(args) -> None:
                 rise, predicted = info["rise"], info["predicted_rise"]
                 if abs(rise - predicted) > 0.5 * predicted + 1e-6:  # float32 rounds J by 1e-7
                     warned.append(f"J rose by {rise:.2g}, its slope predicts {predicted:.2g}")
-                    fix = f"lower --eta {eta:.2g} (or raise it, if that is mere rounding)"
+                    fix = f"too long a climb for Eq. 8; lower --eta {eta:.2g}"
                     print(f"\nmetarm.py: warning: {warned[0]}: {fix}", file=sys.stderr)
             return info
 

@@ -3,9 +3,8 @@ r"""The policy: SFT, DPO, PPO and sampling.
 Concept: iterative RLHF. PPO moves a policy towards what a reward model (RM) likes, and a KL penalty
 keeps it near a reference (`ref_policy`; in run.sh always the SFT policy). MetaRM changes the RM
 between two rounds, not PPO. A tag in brackets marks each thing that PPO needs in practice, at the
-code that does it: [per-token KL]
-[reward scaling] [missing-EOS penalty] [advantage whitening] [value head] [clipping] [epochs]
-[float32 logits].
+code that does it: [per-token KL] [reward scaling] [missing-EOS penalty] [advantage whitening]
+[value head] [clipping] [epochs] [float32 logits].
 
     python ppo.py sft --model runs/toy/data/model --data runs/toy/data/sft.jsonl --out runs/toy/sft
     python ppo.py dpo --model runs/toy/sft --data runs/toy/pairs/train.jsonl --out runs/toy/dpo
@@ -16,7 +15,8 @@ code that does it: [per-token KL]
 They write a model folder and `log.jsonl`, ppo `rollouts.jsonl` too; sample writes `samples.jsonl`.
 
 Shapes: b responses of t tokens behind prompts of p tokens (each the longest of its batch). `mask`
-(b, t) is 1 up to and including the EOS. Log-probabilities and KL are in nats.
+(b, t) is 1 up to and including the EOS. Log-probabilities and KL are in nats, and of the policies
+at the sampling temperature: PPO trains the distribution that is sampled from.
 """
 
 import copy
@@ -442,8 +442,8 @@ def rollout(policy, ref_policy, critic, tokenizer, reward_of, shift, scale, aske
         old_logprobs = torch.cat([response_logprobs(policy, x, temperature) for x in parts])
         ref_logprobs = torch.cat([response_logprobs(ref_policy, x, temperature) for x in parts])
         old_values = torch.cat([critic(x) for x in parts])
-    # [missing-EOS penalty] For a response that was cut off at max_new_tokens. The RM rarely saw
-    # unfinished texts and cannot judge them; without the penalty, the policy learns to ramble on.
+    # [missing-EOS penalty] For a response that was cut off at max_new_tokens. The RM reads it with
+    # an EOS at its end, as if it were finished; without the penalty, the policy learns to ramble.
     ends = end_ids(policy, tokenizer)
     ended = torch.tensor([row[-1] in ends for row in responses], device=device)  # (b,)
     scores = (raw_scores.to(device) - shift) / scale - settings.missing_eos_penalty * (~ended)
@@ -474,10 +474,12 @@ def update(policy, critic, optimizer, batch: dict, settings) -> dict[str, float]
     """
     stats = []  # of each optimizer step: (5,), as named below
     # [epochs] Several passes over the same rollouts; clipping limits how far they move the policy.
-    # Shuffle by prompt: a prompt's rollouts stay together, so that it is read once.
-    by_prompt = torch.arange(len(batch["mask"])).view(-1, settings.rollouts_per_prompt)
+    # On a CPU, shuffle by prompt: a prompt's rollouts stay together, so that it is read once. On a
+    # GPU (see `states_of`) shuffle rollouts: more prompts in a minibatch make less noise.
+    together = settings.rollouts_per_prompt if policy.device.type == "cpu" else 1
+    blocks = torch.arange(len(batch["mask"])).view(-1, together)
     for _ in range(settings.ppo_epochs):
-        order = by_prompt[torch.randperm(len(by_prompt))].flatten().to(policy.device)  # (b,)
+        order = blocks[torch.randperm(len(blocks))].flatten().to(policy.device)  # (b,)
         for rows in order.split(settings.minibatch_size):
             stats.append(0)
             for piece in rows.split(settings.micro_batch_size):
@@ -511,7 +513,7 @@ def add_gradients(policy, critic, part: dict, share: Tensor, settings) -> Tensor
         values = critic(part)
     vf = value_loss(values, part["old_values"], part["returns"], mask, settings.value_clip)
     (vf * share).backward()
-    # How far the policy has moved: an approximate KL, and the shares of tokens that were clipped.
+    # How far the policy has moved: an approximate KL, and the shares of tokens outside the clips.
     log_ratio = logprobs - part["old_logprobs"]  # 0 before the first step
     clipped = (log_ratio.exp() - 1).abs() > settings.clip_range
     value_clipped = (values - part["old_values"]).abs() > settings.value_clip
@@ -550,9 +552,10 @@ def ppo(args, work: Path) -> None:
                 texts[i] = texts[i][:-1]
         return rm.score(reward_model, rm_tokenizer, prompts, texts)
 
-    # [reward scaling] Eq. 1 fixes neither scale nor offset of an RM. So shift and scale its rewards
-    # ONCE, by mean and SD on samples of the reference: all RMs then push equally hard at the start.
-    # Each batch's own SD, also common, would hide that an RM stops telling responses apart.
+    # [reward scaling] Eq. 1 leaves an RM's offset free for each prompt, and RMs differ in scale. So
+    # shift and scale rewards ONCE, by mean and SD over samples of the reference (all prompts
+    # together): RMs then push about equally hard at the start. Each batch's own SD, also common,
+    # would hide that an RM stops telling responses apart.
     options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     texts = sum(sample_responses(ref_policy, tokenizer, aside, 4, **options), [])
     sft_scores = reward_of([prompt for prompt in aside for _ in range(4)], texts)
@@ -568,7 +571,7 @@ def ppo(args, work: Path) -> None:
     done, kept = checkpoint.resume(policy=policy, critic=critic, optimizer=optimizer)
     queue = kept.get("queue", [])
     for step in tqdm(range(done, args.steps), desc=args.out, mininterval=1):
-        # Prompts come in a random order, each once before any comes again.
+        # Prompts come in a random order, each at most once per pass over them.
         if len(queue) < per_step:
             queue = torch.randperm(len(items)).tolist()
         drawn, queue = queue[:per_step], queue[per_step:]

@@ -55,13 +55,14 @@ def preference_loss(chosen_rewards, rejected_rewards, weights=None) -> Tensor:
     # Not log(sigmoid(.)): at a margin of -100, float32's sigmoid is 0 and its log -inf. logsigmoid
     # returns -100 there, with a gradient of 1.
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)  # (n,)
-    # Divide by n, not by the sum of this batch's weights: the weights already average 1 over D.
+    # Divide by n, not by the sum of this batch's weights, which average 1 over all of D. (OCRM, a
+    # rival in docs/study, weighs pairs; Eq. 1 does not.)
     return losses.mean() if weights is None else (weights * losses).mean()
 
 
 # --------------------------------------------------------------------- from texts to a row of ids
 def encode(tokenizer, prompt: str, response: str) -> Row:
-    """Returns (ids of the prompt, ids of the response + EOS). Nothing is encoded anywhere else."""
+    """Returns (ids of the prompt, ids of the response + EOS), as all of this project reads them."""
     # The prefix (BOS, [CLS]) goes before the prompt unless a chat template has written it already.
     prefix = prefix_of(tokenizer)
     # Prompt and response are tokenized APART. Together, a token could straddle the seam: the prompt
@@ -102,14 +103,15 @@ def pair_loss(forward: Callable, model, tokenizer, pairs: Sequence[Group]) -> Te
 def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size=64) -> Tensor:
     """Returns the rewards of n responses, a float32 CPU tensor (n,), in the order given.
 
-    Computed in float32: rounding in bf16 would make a reward depend on the rest of the batch.
+    Call it outside autocast: rounding in bf16 would make a reward depend on the rest of the batch.
     Raises: ValueError on unequal counts; Mistake on a row longer than the model's positions.
     """
     items = [{"prompt": x, "response": y} for x, y in zip(prompts, responses, strict=True)]
     _, groups = encode_groups(model, tokenizer, items, f"texts scored by {model.name_or_path}")
     # Longest first: rows of like length share a batch, and the one that needs most memory is first.
     # Rows of one prompt, if given side by side, stay so: their prompt is read once.
-    # A dict keeps the last entry of each prompt; sorted, that is the tokens of its longest row.
+    # {prompt: tokens of its longest row}: of equal keys, dict keeps the last, which sorted() makes
+    # the longest.
     longest = dict(sorted(zip(prompts, row_lengths(groups), strict=True)))
     order = sorted(range(len(prompts)), key=lambda i: -longest[prompts[i]])
     rewards = torch.zeros(len(prompts))  # (n,)
@@ -133,8 +135,8 @@ def accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> float
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
-# A reader of the paper may stop after the next two definitions, which make the model. The rest is
-# for practice: any transformers model, resumed runs, speed.
+# A reader of the paper needs two more definitions, which make the model, and `fit`, the loop over t
+# of Algorithm 1. The rest is for practice: any transformers model, resumed runs, speed.
 # ------------------------------------------------------ the model: a language model with a new head
 class Float32Head(torch.nn.Linear):
     """A linear layer computed in float32 (or float64), even within bf16 autocast.
@@ -382,8 +384,8 @@ def pick_device() -> torch.device:
     return torch.device(os.getenv("METARM_DEVICE") or ["cpu", "cuda"][torch.cuda.is_available()])
 
 
-def autocast(device: torch.device, bf16: bool = False) -> torch.autocast:
-    """Returns a model's precision: float32 or, with bf16=True and on CUDA, bf16 products.
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """Returns a context for forward passes: with bf16=True, on CUDA, products are in bf16.
 
     bf16 is for policies (weights stay float32); on a CPU it would only cost precision. Reward
     models get float32: a climb (Eq. 3) moves a weight by about 1e-6, less than bf16 or TF32 can
@@ -398,8 +400,9 @@ def autocast(device: torch.device, bf16: bool = False) -> torch.autocast:
 # `fit` draws batches and calls a function `step` on each. `gradient_step` makes that function from
 # a loss, for RM, SFT and DPO; metarm.py has its own, one step of Algorithm 1.
 def epoch_batches(lengths: list[int], batch_size: int, seed: int, flag: str = "--batch_size"):
-    """Returns one epoch of len(lengths) items, as one list of indices per batch; all are full.
+    """Returns one epoch of len(lengths) items, as one list of indices per batch.
 
+    All batches are full: what is left over of the shuffled items is left out of this epoch.
     Padding is computed like any token, so rows of like length share a batch: shuffle, cut into
     pools of 16 batches, sort each by length, cut it into batches, shuffle these.
     Raises: Mistake if there are fewer items than one batch.
@@ -438,7 +441,7 @@ def gradient_step(model, loss_of, micro_batch_size, max_grad_norm, weight_of=len
             losses.append(loss.detach())  # .item() here would wait for the GPU in every micro-batch
         total = sum(torch.stack(losses).tolist())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-        # Check before the step: AdamW would carry NaN into every weight.
+        # Check before the step: AdamW would carry NaN into every weight. (NaN < inf is False.)
         if not total + norm < torch.inf:
             raise FloatingPointError(f"step {number}: loss {total}, gradient {norm}; lower --lr")
         optimizer.step()
@@ -453,7 +456,7 @@ def fit(
 ) -> list[dict]:
     """Trains on groups; returns the rows of log.jsonl, which gets one per step.
 
-    AdamW; the learning rate decays linearly from lr to 0, as in the paper.
+    AdamW; the learning rate decays linearly from lr to 0. (The paper says so of SFT.)
     step(optimizer, batch of groups, number) -> stats: `gradient_step`, or a step of Algorithm 1.
     checkpoint: the `Checkpoint` of this run. seed: for the order of the groups.
     look() -> more stats, called before every log_every-th step and at the end.

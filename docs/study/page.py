@@ -246,7 +246,7 @@ def markdown(first: str, rows: dict[str, list[str]], headings: list[str]) -> str
 
 
 def verdicts(tables: list[Table]) -> str:
-    """The primary contrasts of all tasks; Holm's correction is over the two of one kind and task."""
+    """The primary contrasts of all tasks; Holm's correction is over two, of one kind and task."""
     rows = {}
     kinds = [(CONTRASTS, PRIMARY, MARGIN, 1), (OF_POLICIES, "gold.path", GOLD_MARGIN, 2)]
     for table, (contrasts, metric, margin, digits) in itertools.product(tables, kinds):

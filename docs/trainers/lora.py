@@ -90,13 +90,11 @@ def main(argv=None):
     _, S = rm.encode_groups(base, tokenizer, samples, args.meta, args.max_length)
 
     def L(forward, groups):  # Eq. 1
-        with rm.autocast(base.device):
-            return rm.pair_loss(forward, base, tokenizer, groups)
+        return rm.pair_loss(forward, base, tokenizer, groups)
 
     def J(forward, groups):  # Eq. 2
-        with rm.autocast(base.device):
-            rewards = rm.rewards_of(forward, base, tokenizer, groups)  # (m k,)
-            return metarm.difference_loss(rewards.view(len(groups), -1))
+        rewards = rm.rewards_of(forward, base, tokenizer, groups)  # (m k,)
+        return metarm.difference_loss(rewards.view(len(groups), -1))
 
     batches = list(rm.epoch_batches(rm.row_lengths(D), args.batch_size, seed=0))
     batches = batches[: args.steps or None]
