@@ -363,8 +363,8 @@ def read_lines(path) -> list[tuple[str, dict]]:
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw  # whatever its name
         for number, line in enumerate(raw.split(b"\n"), 1):  # bytes: \u2028 does not end a line
             where = f"{path}, line {number}"
-            if line.strip():  # | {} fails unless it is an object
-                rows.append((where, json.loads(line.decode("utf-8-sig")) | {}))
+            if line.strip():  # dict.__or__ fails unless it is an object
+                rows.append((where, dict.__or__(json.loads(line.decode("utf-8-sig")), {})))
     except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
         form = "a whole .jsonl or .jsonl.gz file with one JSON object per line, in UTF-8"
         raise Mistake(f"{where}: {error}; give {form}") from None
@@ -576,10 +576,11 @@ ZERO += ["missing_eos_penalty", "checkpoint_minutes", "workers"]
 # the CPU, cuBLAS and cuDNN. A Mistake is excluded: it may quote somebody's text.
 NO_MEMORY = "^(?!Mistake).*(MemoryError|out of memory|allocate memory|ALLOC_FAILED)"
 # What it says if the disk is full: the system's words, a quota's, torch.save's (the last two).
-DISK_FULL = "No space left|Disk quota|unexpected pos|iostream error"
+DISK_FULL = "No space left|Disk quota|File too large|unexpected pos|iostream error"
 TOLD = [  # (pattern of an error, message to the user); the first match counts
     ("^Mistake", "{error}"),
     (DISK_FULL, "the disk of {out} is full ({error:.120}); make space: the same command goes on"),
+    ("PytorchStreamReader failed", "{out}.partial/checkpoint.pt is damaged; delete it"),
     (NO_MEMORY, "{mode} --out {out}: out of memory ({error:.120}); lower {sizes}"),
     ("^(FloatingPointError|NotFinite)", "{mode} --out {out}: {error}"),  # training has diverged
 ]

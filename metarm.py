@@ -118,7 +118,8 @@ def meta_gradient(model, vanilla_loss, meta_loss, eta, order="first", normalize=
         lists of such functions, one per micro-batch: their mean is the loss, and only one
         micro-batch is in memory at a time.
     eta: with normalize=True the length of the climb, |theta' - theta|; with normalize=False the
-        paper's factor, theta' = theta + eta * grad J.
+        paper's factor, theta' = theta + eta * grad J. Weights in bf16 round most of a climb away:
+        keep those that are trained in float32.
     order: "first", as the authors run it; "exact" also differentiates theta' by theta, as MAML
         does. "exact" keeps the graphs of all micro-batches of J; a smaller X_s saves memory.
     The gradient is {name: tensor}, of every trainable parameter. Figures, as floats: `difference`
@@ -207,7 +208,8 @@ def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Itera
         makes all of grad L NaN, and the scaler skips the step. False: NotFinite is raised.
     Raises: NotFinite on NaN and infinity in grad J; ValueError on a bad eta, without a gradient, on
         BatchNorm in train mode, or with normalize under FSDP1 (a shard does not know the norm of
-        the whole); RuntimeError if FSDP2 failed inside its forward. Source: paper, Eqs. 3 and 4.
+        the whole); RuntimeError if weights were changed inside, as by optimizer.step(), or if FSDP2
+        failed inside its forward. Source: paper, Eqs. 3 and 4.
     """
     refuse_running_statistics(model)
     reshard(model)
@@ -233,9 +235,12 @@ def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Itera
                 if p.grad is not None:
                     p.copy_(plus(p, scale, p.grad))  # Eq. 3
                 p.grad = None
+        versions = [p._version for p in parameters]  # PyTorch counts writes in place
         # Autocast caches bf16 copies of the weights. Clear them, or L would be computed at theta.
         torch.clear_autocast_cache()
         yield  # Eq. 4
+        if versions != [p._version for p in parameters]:
+            raise RuntimeError("lookahead: weights changed inside; step after the `with`")
     finally:  # also when L has raised
         reshard(model)
         with torch.no_grad():
@@ -402,7 +407,8 @@ def refuse_running_statistics(model) -> None:
         raise ValueError("running statistics (BatchNorm) would take in theta'; call model.eval()")
 
 
-CHECKPOINTS = "gradient checkpointing runs layers again at theta, not theta'; use metarm.lookahead"
+# Checkpointing runs layers again in the backward pass: the model's own, at theta instead of theta'.
+CHECKPOINTS = "gradient checkpointing, or another hook on saved tensors: use metarm.lookahead"
 
 
 def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
@@ -418,8 +424,8 @@ def guarded(loss: Callable, forward: Callable, create_graph: bool) -> Tensor:
             value = loss(forward)
     except RuntimeError as error:
         raise (ValueError(error) if CHECKPOINTS in str(error) else error) from None
-    todo = [] if getattr(loss, "graph_is_known", False) else [value.grad_fn]
-    seen = {None, *todo}  # None: an input that needs no gradient
+    seen = {None, value.grad_fn}  # None: an input that needs no gradient
+    todo = [] if getattr(loss, "graph_is_known", False) else list(seen - {None})
     while todo and value.requires_grad:
         node = todo.pop()
         if node.name() == "CheckpointFunctionBackward":

@@ -123,6 +123,8 @@ def score(model, tokenizer, prompts: list[str], responses: list[str], batch_size
         joined = [[groups[i][0] for i in same] for _, same in groupby(batch, prompts.__getitem__)]
         rewards[batch] = rewards_of(model, model, tokenizer, joined).float().cpu()
     model.train(was_training)
+    if not rewards.isfinite().all():
+        raise data.Mistake(f"{model.name_or_path}: gives NaN or infinite rewards; train it anew")
     return rewards
 
 
@@ -494,8 +496,11 @@ class Checkpoint:
     def __init__(self, work: Path, options: dict, trained_on=()):
         # These two may change: after running out of memory, one resumes with smaller micro-batches.
         fixed = options | {"checkpoint_minutes": 0, "micro_batch_size": 0}
-        # A checksum of the data: under the same file name, there may be other data now.
-        self.run = f"{sorted(fixed.items())} {zlib.crc32(repr(trained_on).encode())}"
+        # Checksums: under the same names, there may be other data now, or another RM or reference.
+        folders = {options.get(key) for key in ("model", "ref_policy", "reward_model")} - {None, ""}
+        files = [file for x in sorted(folders) for file in sorted(Path(x).glob("*.safetensors"))]
+        weights = [zlib.crc32(file.read_bytes()) for file in files]
+        self.run = f"{sorted(fixed.items())} {zlib.crc32(repr(trained_on).encode())} {weights}"
         self.work = work
         self.minutes = options["checkpoint_minutes"]
         self.last = time.monotonic()

@@ -50,12 +50,14 @@ while [ $# -gt 0 ]; do
   [ -n "${2:-}" ] || fail "$1 needs a value"
   declare "${1#--}=$2"; shift 2
 done
+[[ $micro_batch_size =~ ^([1-9][0-9]*)?$ ]] || fail "--micro_batch_size $micro_batch_size: give a number above 0"
 [[ $seed =~ ^0*([0-9]{1,17})$ ]] && seed=${BASH_REMATCH[1]} || fail "--seed $seed: give 0 to 99999999999999999" # 08: 8
 setup .venv requirements.txt
 # The run folder. One run at a time: all processes below share the open file 9 and its lock, until the last one ends.
 if [ "$preset$run" = smoke ]; then scratch=$(mktemp -d) run=$scratch/smoke; fi
 trap 'kill -- $(jobs -rp | sed s/^/-/) 2> /dev/null || true; [ -z "$scratch" ] || rm -rf "$scratch"' EXIT
 mkdir -p "${run:=${root}runs/$preset}"
+command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such program"
 exec 9>> "$run/.lock"
 "$PYTHON" -c "from fcntl import *; flock(9, LOCK_EX | LOCK_NB)" 2> /dev/null || fail "$run is in use by another process"
 # Finished stages are skipped: from the first model on, a folder belongs to one set of options and one state of the

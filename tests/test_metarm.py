@@ -394,6 +394,9 @@ def test_lookahead_restores_bit_for_bit_even_after_an_exception():
     assert not torch.equal(before + step - step, before)  # what subtracting would have left
     with pytest.raises(ValueError, match="back-propagate J"):
         metarm.lookahead(model, 0.1).__enter__()
+    J_on(S)(model).backward()
+    with pytest.raises(RuntimeError, match="step after"), metarm.lookahead(model, 0.05):
+        torch.optim.SGD(model.parameters(), lr=0.0).step(lambda: J_on(S)(model).backward())
 
 
 def test_half_precision():

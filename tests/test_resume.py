@@ -49,18 +49,21 @@ def test_cut_off_and_resumed_equals_whole(commands, name, tmp_path, monkeypatch,
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert module.main([*options.split(), "--out", f"{whole}"]) == 0
     cut_off(monkeypatch, module, options, cut)
-    other = [*options.split(), "--seed", "7", "--out", f"{cut}"]
-    assert module.main(other) == 2 and f"{cut.name}.partial" in capsys.readouterr().err
-
-    # As if of a machine with a GPU: its tensors lie on it, and it has a generator of its own.
+    command = [*options.split(), "--out", f"{cut}"]
     checkpoint = tmp_path / "cut.partial/checkpoint.pt"
+    whole_file = checkpoint.read_bytes()
+    assert module.main([*command, "--seed", "7"]) == 2 and "cut.partial" in capsys.readouterr().err
+    checkpoint.write_bytes(whole_file[:1000])
+    assert module.main(command) == 2 and "checkpoint.pt is damaged" in capsys.readouterr().err
+    checkpoint.write_bytes(whole_file)
+    # As if of a machine with a GPU: its tensors lie on it, and it has a generator of its own.
     saved = torch.load(checkpoint, weights_only=True)
     saved["cuda_rng"] = [torch.zeros(16, dtype=torch.uint8)]
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save(saved, checkpoint)
     torch.manual_seed(99)  # whatever the new process starts with
-    assert module.main([*options.split(), "--out", f"{cut}"]) == 0
+    assert module.main(command) == 0
     a, b = weights_of(whole), weights_of(cut)
     assert all(torch.equal(a[key], b[key]) for key in a)
     for log in ["log.jsonl"] + ["rollouts.jsonl"] * (name == "ppo"):
@@ -88,7 +91,8 @@ def test_on_a_gpu_it_goes_on_as_it_had_gone_on(commands, name, tmp_path, monkeyp
 
 def test_logs_are_cut_back_by_lines_of_the_file(tmp_path):
     """A response may hold what Unicode calls a line break. It is none in a .jsonl file."""
-    options = {"checkpoint_minutes": 0.0, "lr": 1.0, "micro_batch_size": 8}
+    weights = tmp_path / "model.safetensors"
+    options = {"checkpoint_minutes": 0.0, "reward_model": f"{tmp_path}", "micro_batch_size": 8}
     checkpoint = rm.Checkpoint(tmp_path, options)
     checkpoint.resume()
     rows = [{"step": i, "said": "a\u2028b\x85c\n"} for i in range(3)]
@@ -97,5 +101,9 @@ def test_logs_are_cut_back_by_lines_of_the_file(tmp_path):
         if step < 3:
             checkpoint.save(step, queue=[step])
     options["micro_batch_size"] = 4  # what a run out of memory is told to do keeps its checkpoint
+    weights.write_bytes(b"another reward model")
+    with pytest.raises(data.Mistake, match="of other options or data"):
+        rm.Checkpoint(tmp_path, options).resume()
+    weights.unlink()
     assert rm.Checkpoint(tmp_path, options).resume() == (2, {"queue": [2]})
     assert data.read_jsonl(tmp_path / "log.jsonl") == rows[:2]

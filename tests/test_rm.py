@@ -73,6 +73,9 @@ def test_score_leaves_the_mode_and_takes_as_many_prompts_as_responses(policy_fol
     assert len(rm.score(model, tokenizer, [], [])) == 0
     with pytest.raises(ValueError):
         rm.score(model, tokenizer, ["a"], [])
+    torch.nn.init.constant_(model.score.weight, torch.nan)
+    with pytest.raises(data.Mistake, match="NaN or infinite rewards"):
+        rm.score(model, tokenizer, ["a"], ["b"])
 
 
 def test_rewards_leave_in_float32_under_bf16(policy_folder):
