@@ -581,6 +581,7 @@ TOLD = [  # (pattern of an error, message to the user); the first match counts
     ("^Mistake", "{error}"),
     (DISK_FULL, "the disk of {out} is full ({error:.120}); make space: the same command goes on"),
     ("PytorchStreamReader failed", "{out}.partial/checkpoint.pt is damaged; delete it"),
+    ("not compiled with CUDA|Expected one of cpu", "METARM_DEVICE: {error:.70}; leave it out"),
     (NO_MEMORY, "{mode} --out {out}: out of memory ({error:.120}); lower {sizes}"),
     ("^(FloatingPointError|NotFinite)", "{mode} --out {out}: {error}"),  # training has diverged
 ]
