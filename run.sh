@@ -29,12 +29,13 @@ setup() { # VENV LIST...: installs each list into VENV, which keeps a copy: a ch
   done
 }
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-case ${1:-} in "" | --*) preset=toy ;; *) preset=$1; shift ;; esac
+case ${1:-} in --help) preset=help ;; "" | --*) preset=toy ;; *) preset=$1; shift ;; esac
 case $preset in
   smoke | toy) real="" once=9 options="seed|run" ;; # stages: six in each round, and these
   hh | hh-smoke) real=1 once=5 options="seed|run|model|data|ood|micro_batch_size" ;;
   study) setup .venv requirements.txt docs/study/requirements.txt; exec "$PYTHON" "${root}docs/study/study.py" "$@" ;;
   bench) setup .venv-bench docs/bench/requirements.txt; exec "$PYTHON" "${root}docs/bench/bench.py" "$@" ;;
+  help | -h) sed -n '2,17s/^# //p' "$0"; exit ;;
   test)
     cd "${root:-.}" && root=""
     setup .venv requirements.txt tests/requirements.txt

@@ -67,4 +67,4 @@ for name, loss in (("L of A, B", L), ("L of C", second_L), ("J", J)):
 show("gradient of L of A, B: at theta", *plain)
 show("    at theta' (first order)", *first)
 show("    through theta' (exact order)", *exact)
-show("new theta = theta - 1 x first order", *new)
+show("new theta, after that first order of A, B", *new)

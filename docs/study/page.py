@@ -287,8 +287,8 @@ def games(table: Table, r: int = ROUNDS) -> str:
 def headline(tables: list[Table]) -> str:
     """The first primary result of each task."""
     gains = [(table.task, table.gain(FIRST)) for table in tables]
-    said = [f"on {task} {show(x, 1)} ({len(x)} worlds)" for task, x in gains if x]
-    return f"MetaRM minus plain RM, in points of right order: {', '.join(said) or '–'}.\n"
+    said = [f"on {task} {show(x, 1)} ({len(x)} worlds)" for task, x in gains if len(x) > 1]
+    return f"Shifted pairs ordered right, MetaRM minus a plain RM, in points: {', '.join(said)}.\n"
 
 
 def tables(folder: Path) -> str:
