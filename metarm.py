@@ -52,9 +52,9 @@ Parameters = dict[str, Tensor]  # {name as in model.named_parameters(): tensor}
 # holds one such function per micro-batch; the loss is their mean.
 Losses = Callable | list[Callable]
 
-# The command's default for |theta' - theta|, the length of the climb, chosen on toy worlds and on
-# SmolLM2-135M: Eq. 8 holds there (README). As with SAM's rho, the right length depends on the
-# curvature of J and L, so look at `diagnostics` on another model.
+# The command's default for |theta' - theta|, the length of the climb: short enough for Eq. 8 in toy
+# worlds and on SmolLM2-135M (README), not tuned for accuracy. As with SAM's rho, the right length
+# depends on the curvature of J and L, so look at `diagnostics` on another model.
 DEFAULT_LENGTH = 0.02
 
 
@@ -190,7 +190,8 @@ def metarm_step(
     return info
 
 
-# Algorithm 1 ends here. Next: its step in place, theta' for measurements, Eqs. 6 to 8 in numbers.
+# The step of Algorithm 1 ends here. Its loop, and X_t, are rm.fit's; X_s is drawn in `train`. Next:
+# the same step in place, theta' for measurements, Eqs. 6 to 8 in numbers.
 @contextmanager
 def lookahead(model, eta: float, normalize=False, scaler_follows=False) -> Iterator[None]:
     """Moves the model to theta' in place and back, for DDP, FSDP2, TRL and gradient checkpointing.
@@ -495,6 +496,7 @@ def train(args) -> None:
 
         def step(optimizer, X_t, number):  # one step of Algorithm 1
             L_parts = micro_batches(L, X_t, args.micro_batch_size)
+            # X_s of Algorithm 1: the next m prompts of S
             J_parts = micro_batches(J, [S[i] for i in drawn[number]], args.micro_batch_size)
             logged = number % args.log_every == 0
             info = diagnostics(model, L_parts, J_parts, eta, args.normalize) if logged else {}

@@ -15,8 +15,8 @@ code that does it: [per-token KL] [reward scaling] [missing-EOS penalty] [advant
 They write a model folder and `log.jsonl`, ppo `rollouts.jsonl` too; sample writes `samples.jsonl`.
 
 Shapes: b responses of t tokens behind prompts of p tokens (each the longest of its batch). `mask`
-(b, t) is 1 up to and including the EOS. Log-probabilities and KL are in nats, and of the policies
-at the sampling temperature: PPO trains the distribution that is sampled from.
+(b, t) is 1 up to and including the EOS. Log-probabilities and KL are in nats. In PPO, they are of
+the policies at the sampling temperature: it trains the distribution that it samples from.
 """
 
 import copy
@@ -119,7 +119,7 @@ def dpo_loss(
     """
     others = (policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     check_shapes(policy_chosen_logps[..., None], *(x[..., None] for x in others))
-    # Our Eq. 1, with beta times the log-ratio of policy and reference as the reward.
+    # Eq. 1 of MetaRM, with beta times the log-ratio of policy and reference as the reward.
     chosen = policy_chosen_logps - ref_chosen_logps
     rejected = policy_rejected_logps - ref_rejected_logps
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
@@ -198,7 +198,7 @@ def states_of(model, batch: dict, name: str) -> Tensor:
     p = batch["input_ids"].shape[1] - t
     takes = inspect.signature(model.forward).parameters
     # A prompt of several rows (rollouts, pairs of DPO) is read once, if the model can do that. Not
-    # on a GPU: there, launching a second pass takes longer than some 20,000 tokens in bf16.
+    # on a GPU: there, launching a second pass takes as long as some 20,000 tokens (computed).
     if p > 1 and model.device.type == "cpu" and rm.shares_prompts(model):
         # Prompts are the same if their ids and their padding are.
         both = torch.cat([batch["input_ids"][:, :p], batch["attention_mask"][:, :p]], dim=1)

@@ -81,7 +81,8 @@ def encode(tokenizer, prompt: str, response: str) -> Row:
 def rewards_of(forward: Callable, model, tokenizer, groups: Sequence[Group]) -> Tensor:
     """Returns the rewards (n,) of all rows.
 
-    forward: the model, or a function that calls it at other parameters (theta' in metarm.py).
+    forward: the model, or a function that calls it at other parameters (theta' in metarm.py). All
+    weights come from `forward`; `model` tells its device and what it can do.
     """
     rows = [row for group in groups for row in group]  # n of them, those of a prompt side by side
     # An optional speed-up (end of this file) reads each prompt once, not once per response.
@@ -137,8 +138,9 @@ def accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 64) -> float
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
-# A reader of the paper needs two more definitions, which make the model, and `fit`, the loop over t
-# of Algorithm 1. The rest is for practice: any transformers model, resumed runs, speed.
+# A reader of the paper needs two more definitions, which make the model, then `epoch_batches`
+# (samples X_t) and `fit`, the loop of Algorithm 1. The rest is for practice: any transformers
+# model, resumed runs, speed.
 # ------------------------------------------------------ the model: a language model with a new head
 class Float32Head(torch.nn.Linear):
     """A linear layer computed in float32 (or float64), even within bf16 autocast.
@@ -472,10 +474,12 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / steps)
     done, _ = checkpoint.resume(model=model, optimizer=optimizer, decay=decay)
+    # t = 0 .. T-1 of Algorithm 1
     for number in tqdm(range(done, steps), total=steps, initial=done, mininterval=1):
         stats = {"step": number, "steps": steps}
         if look and number % log_every == 0:
             stats |= look()
+        # X_t of Algorithm 1, n pairs of D (in SFT n texts), and the step that uses it
         stats |= step(optimizer, [groups[i] for i in batches[number]], number)
         decay.step()
         # The log first: if a kill comes between the two, resume() cuts the log back.
@@ -600,8 +604,8 @@ def shares_prompts(model, saved: int = 0) -> bool:
 
     saved: how many tokens fewer it reads, padding counted. Its price is a second pass. On a CPU a
     pass costs nothing by itself. On a GPU its kernel launches do: with 30 layers and 135M weights
-    in float32, they take the time of some 3,000 tokens. It is used from 2,048 saved tokens on: a
-    little slower at first, but those tokens would also take some 3 GB of memory.
+    in float32, they take the time of some 3,000 tokens (computed, not measured). It is used from
+    2,048 saved tokens on: a little slower at first, but they would also take some 3 GB of memory.
     """
     return getattr(model, "shares_prompts", False) and (model.device.type == "cpu" or saved >= 2048)
 

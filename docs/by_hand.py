@@ -3,7 +3,7 @@
 The reward is linear in three features of a response, r = theta . x; S is one prompt with three
 responses; in S the better answers are the longer ones. D has two pairs, A and B. A prefers a SHORT
 answer: climbing J raises L, and A gets more weight. A second D has one pair, C, which prefers a
-longer answer: climbing J lowers its L, and C gets less weight. In training most batches are like C.
+longer answer: climbing J lowers its L, and C gets less weight. Both occur in training.
 """
 
 import sys
@@ -46,7 +46,8 @@ second_plain = metarm.gradient(model, second_L)[0]["weight"][0]
 theta_prime = metarm.adapted_parameters(model, J, eta)["weight"][0]
 first = metarm.meta_gradient(model, L, J, eta)[0]["weight"][0]
 exact = metarm.meta_gradient(model, L, J, eta, "exact")[0]["weight"][0]
-new = theta - alpha * first
+new = theta - alpha * first  # after a step on A and B
+second_new = theta - alpha * metarm.meta_gradient(model, second_L, J, eta)[0]["weight"][0]
 
 for number, x in enumerate(S, 1):
     show(f"S, response {number}" + ": on topic, length, politeness" * (number == 1), *x)
@@ -61,10 +62,10 @@ for pair, x in zip("ABC", [*D, *second_D], strict=True):
     show(f"pair {pair}{text}", *margins, *[1 - margin.sigmoid() for margin in margins])
 show("A, B: grad L . grad J", plain @ grad_J)  # > 0: the climb raises L
 show("C: grad L . grad J", second_plain @ grad_J)  # < 0: it lowers L
-for name, loss in (("L of A, B", L), ("L of C", second_L), ("J", J)):
-    losses = [loss(lambda x, at=at: x @ at) for at in (theta, theta_prime, new)]
+for name, loss, end in (("L of A, B", L, new), ("L of C", second_L, second_new), ("J", J, new)):
+    losses = [loss(lambda x, at=at: x @ at) for at in (theta, theta_prime, end)]
     show(f"{name} at theta, theta', new theta", *losses)
 show("gradient of L of A, B: at theta", *plain)
 show("    at theta' (first order)", *first)
 show("    through theta' (exact order)", *exact)
-show("new theta, after that first order of A, B", *new)
+show("new theta (alpha = 1) after A, B", *new)

@@ -32,7 +32,7 @@ def test_numbers(output):
     hessian_J = 2 / 9 * np.einsum("p,pi,pj", s * (1 - s) * (1 - 2 * s), differences, differences)
     theta_prime = theta + 5 * grad_J
     plain, plain_C = (-(1 - sigmoid(x @ theta)) @ x / len(x) for x in (D, C))
-    first = -(1 - sigmoid(D @ theta_prime)) @ D / 2
+    first, first_C = (-(1 - sigmoid(x @ theta_prime)) @ x / len(x) for x in (D, C))
     exact = first + 5 * hessian_J @ first
     new = theta - first
 
@@ -42,13 +42,13 @@ def test_numbers(output):
     def J(at):
         return 2 / 9 * sigmoid(np.abs(differences @ at)).sum()
 
-    three = (theta, theta_prime, new)
+    three, three_of_C = ((theta, theta_prime, end) for end in (new, theta - first_C))
     expected = [*S, *D, *C, theta, grad_J, theta_prime]
     for x in (*D, *C):
         margins = [x @ theta, x @ theta_prime]
         expected.append([*margins, *[1 - sigmoid(margin) for margin in margins]])
     expected += [[plain @ grad_J], [plain_C @ grad_J]]
-    expected += [[L(at) for at in three], [L(at, C) for at in three], [J(at) for at in three]]
+    expected += [[L(at) for at in three], [L(at, C) for at in three_of_C], [J(at) for at in three]]
     expected += [plain, first, exact, new]
     assert lines == [[f"{x:.3f}" for x in row] for row in expected]
     # The story: the climb raises L, and the pair that it hurts gains weight. Of C's the reverse.

@@ -288,7 +288,9 @@ def headline(tables: list[Table]) -> str:
     """The first primary result of each task."""
     gains = [(table.task, table.gain(FIRST)) for table in tables]
     said = [f"on {task} {show(x, 1)} ({len(x)} worlds)" for task, x in gains if len(x) > 1]
-    return f"Shifted pairs ordered right, MetaRM minus a plain RM, in points: {', '.join(said)}.\n"
+    return (
+        f"Pairs of the shifted policy ordered right, MetaRM minus plain RM, %: {', '.join(said)}.\n"
+    )
 
 
 def tables(folder: Path) -> str:
