@@ -30,6 +30,7 @@ OF_POLICIES = {
     "PPO on plain RMs with new seeds, SD of gold": (f"ppo:{FIRST}", "ppo:plain"),
 }
 MARGIN, GOLD_MARGIN = 2.0, 0.2  # points, SD of gold: the least gain worth having
+FEW = 4  # with fewer worlds, an interval says nothing: no verdict yet
 Worlds = dict[int, float]  # a figure of each world, by its seed
 
 
@@ -254,7 +255,7 @@ def verdicts(tables: list[Table]) -> str:
         tests = [t_test(some.values()) for some in found.values()]
         adjusted = holm([test[3] for test in tests])
         for (name, some), (mean, _, high, _), p in zip(found.items(), tests, adjusted, strict=True):
-            if p == p:
+            if len(some) >= FEW:
                 effect = smallest_effect(float(np.std([*some.values()], ddof=1)), len(some))
                 row = [f"**{better(mean, high, p, margin)}**, {p:.2f}", show(some, digits)]
                 rows[f"{table.task}: {name}"] = [*row, f"{len(some)}; {effect:.2g}"]
@@ -287,10 +288,8 @@ def games(table: Table, r: int = ROUNDS) -> str:
 def headline(tables: list[Table]) -> str:
     """The first primary result of each task."""
     gains = [(table.task, table.gain(FIRST)) for table in tables]
-    said = [f"on {task} {show(x, 1)} ({len(x)} worlds)" for task, x in gains if len(x) > 1]
-    return (
-        f"Pairs of the shifted policy ordered right, MetaRM minus plain RM, %: {', '.join(said)}.\n"
-    )
+    said = [f"on {task} {show(x, 1)} ({len(x)} worlds)" for task, x in gains if len(x) >= FEW]
+    return f"Shifted pairs ordered right, MetaRM minus plain RM, %: {', '.join(said) or '–'}.\n"
 
 
 def tables(folder: Path) -> str:
