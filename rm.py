@@ -494,7 +494,7 @@ class Checkpoint:
     """Saves and restores a training run: checkpoint.pt, and logs of one line per step.
 
     work: the folder of both. options: {name: value} of the command, with `checkpoint_minutes`.
-    trained_on: the data. A run resumes only with the same options and data.
+    trained_on: the data. A run resumes only with the same options, data and models.
     """
 
     def __init__(self, work: Path, options: dict, trained_on=()):

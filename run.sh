@@ -19,7 +19,7 @@ set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/ root=${root#./} # from where you are to here: "", if that is the same
 fail() { echo "run.sh: $*" >&2; exit 2; }
 setup() { # VENV LIST...: installs each list into VENV, which keeps a copy: a changed list is installed again
-  [ -z "${PYTHON:-}" ] || return 0
+  [ -z "${PYTHON:-}" ] || { command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such program"; return 0; }
   PYTHON=$root$1/bin/python
   for list in "${@:2}"; do
     cmp -s "$root$list" "$root$1/${list//\//-}" && continue
@@ -29,13 +29,12 @@ setup() { # VENV LIST...: installs each list into VENV, which keeps a copy: a ch
   done
 }
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-case ${1:-} in --help) preset=help ;; "" | --*) preset=toy ;; *) preset=$1; shift ;; esac
+case ${1:-} in help|-h|--help) sed -n '2,17s/^# //p' "$0"; exit ;; "" | --*) preset=toy ;; *) preset=$1; shift ;; esac
 case $preset in
   smoke | toy) real="" once=9 options="seed|run" ;; # stages: six in each round, and these
   hh | hh-smoke) real=1 once=5 options="seed|run|model|data|ood|micro_batch_size" ;;
   study) setup .venv requirements.txt docs/study/requirements.txt; exec "$PYTHON" "${root}docs/study/study.py" "$@" ;;
   bench) setup .venv-bench docs/bench/requirements.txt; exec "$PYTHON" "${root}docs/bench/bench.py" "$@" ;;
-  help | -h) sed -n '2,17s/^# //p' "$0"; exit ;;
   test)
     cd "${root:-.}" && root=""
     setup .venv requirements.txt tests/requirements.txt
@@ -58,7 +57,6 @@ setup .venv requirements.txt
 if [ "$preset$run" = smoke ]; then scratch=$(mktemp -d) run=$scratch/smoke; fi
 trap 'kill -- $(jobs -rp | sed s/^/-/) 2> /dev/null || true; [ -z "$scratch" ] || rm -rf "$scratch"' EXIT
 mkdir -p "${run:=${root}runs/$preset}"
-command -v "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such program"
 exec 9>> "$run/.lock"
 "$PYTHON" -c "from fcntl import *; flock(9, LOCK_EX | LOCK_NB)" 2> /dev/null || fail "$run is in use by another process"
 # Finished stages are skipped: from the first model on, a folder belongs to one set of options and one state of the

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CODE = {"metarm.py": 285, "rm.py": 350, "ppo.py": 440, "data.py": 492, "eval.py": 415}  # <= 1980
 CODE_PER_COMMENT = {"metarm.py": 4, "rm.py": 4, "ppo.py": 4, "data.py": 7, "eval.py": 7}
-LINES = {"run.sh": 188, "tests/*.py tests/*.sh": 3610, "docs/**/*.py": 2200}
+LINES = {"run.sh": 186, "tests/*.py tests/*.sh": 3610, "docs/**/*.py": 2200}
 LINES |= {"docs/study/*.py": 1250, "docs/by_hand.py": 71}
 
 

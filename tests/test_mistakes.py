@@ -33,6 +33,7 @@ SOUND = {
     "ppo.py sample": "--model policy --prompts pairs.jsonl --k 2 --max_new_tokens 6",
 }
 MISTAKES = [  # (command, what is added to it, what the line must say)
+    ("metarm.py", "--order second", "second"),
     ("metarm.py", "--eta -0.1", "eta"),
     ("rm.py", "--data pears.jsonl", "pears.jsonl"),
     ("rm.py", "--data no-key.jsonl", 'no-key.jsonl, line 2.*"rejected"'),
@@ -44,6 +45,7 @@ MISTAKES = [  # (command, what is added to it, what the line must say)
     ("rm.py", "--model polcy", "polcy: no such folder"),
     ("ppo.py sft", "--model gpt3", "gpt3: no such folder.* openai-community/gpt2"),
     ("rm.py", "--model bnb", "bnb: .*quantised.*docs/trainers/lora.py"),
+    ("ppo.py sft", "--model gptq", "gptq: .*quantised.*docs/trainers/lora.py"),
     ("rm.py", "--model notes", "notes: not a whole"),
     ("rm.py", "--model adapter", "adapter.*merge"),
     ("rm.py", "--model nan", "nan: .*NaN"),
@@ -52,6 +54,7 @@ MISTAKES = [  # (command, what is added to it, what the line must say)
     ("ppo.py dpo", "--ref_policy base", "base.*vocabulary"),
     ("ppo.py ppo", "--scale_prompts 0", "--scale_prompts 0"),
     ("ppo.py ppo", "--batch_size 200", "--scale_prompts 4 leaves 36"),
+    ("ppo.py sample", "--k 0", "--k 0"),
     ("ppo.py sample", "--max_length 9", "--k 2 x 0 prompts"),
     ("ppo.py sample", "--prompts empty.jsonl", "empty.jsonl, row 2"),
     ("ppo.py sft", "--data empty.jsonl --batch_size 1", "empty.jsonl, row 2"),
@@ -82,9 +85,11 @@ def world(toy, tmp_path_factory):
     (w / "notes/a.txt").write_text("mine")
     nan = {"model.norm.weight": torch.full((32,), math.nan)}
     change_weights(shutil.copytree(w / "policy", w / "nan"), lambda weights: weights | nan)
-    how = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    config = shutil.copytree(w / "policy", w / "bnb") / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | how))
+    bits = {"bnb": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    bits["gptq"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    for name, how in bits.items():
+        config = shutil.copytree(w / "policy", w / name) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": how}))
     peft = pytest.importorskip("peft")
     model, tokenizer = ppo.load_policy(f"{w}/policy")
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
