@@ -366,8 +366,7 @@ def read_lines(path) -> list[tuple[str, dict]]:
             if line.strip():  # dict.__or__ fails unless it is an object
                 rows.append((where, dict.__or__(json.loads(line.decode("utf-8-sig")), {})))
     except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
-        form = "a whole .jsonl or .jsonl.gz file with one JSON object per line, in UTF-8"
-        raise Mistake(f"{where}: {error}; give {form}") from None
+        raise Mistake(f"{where}: {error}; give .jsonl in UTF-8, one JSON object per line") from None
     if not rows:
         raise Mistake(f"{path}: empty, it has no row")
     return rows

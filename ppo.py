@@ -581,11 +581,11 @@ def ppo(args, work: Path) -> None:
         )
         stats |= update(policy, critic, optimizer, batch, args)
         # Log the step and its rollouts, and save what a resumed run needs.
-        record = {"prompts": [items[i][0] for i in drawn]}
-        record["responses"] = [texts[i : i + g] for i in range(0, len(texts), g)]
-        record["scores"] = raw_scores.view(-1, g).tolist()
-        checkpoint.log({"step": step} | stats)
-        checkpoint.log({"step": step, "kl": stats["objective/kl"]} | record, "rollouts.jsonl")
+        said = {"step": step, "kl": stats["objective/kl"], "prompts": [items[i][0] for i in drawn]}
+        said["responses"] = [texts[i : i + g] for i in range(0, len(texts), g)]
+        said["scores"] = raw_scores.view(-1, g).tolist()
+        data.append_jsonl(work / "log.jsonl", {"step": step} | stats)
+        data.append_jsonl(work / "rollouts.jsonl", said)
         checkpoint.save(step + 1, queue=queue)
     rm.save_model(policy, tokenizer, work)
     print(f"{args.out}: at the end {data.read_jsonl(work / 'log.jsonl')[-1]}")

@@ -89,7 +89,7 @@ def rewards_of(forward: Callable, model, tokenizer, groups: Sequence[Group]) -> 
     most_prompt, most_response = (max(map(len, ids)) for ids in zip(*rows, strict=True))  # tokens
     saved = len(rows) * (max(row_lengths(groups)) - most_response) - len(groups) * most_prompt
     if all(prompt_ids for prompt_ids, _ in rows) and shares_prompts(model, saved):
-        return rewards_reading_prompts_once(forward, model, tokenizer, groups)
+        return rewards_reading_prompts_once(forward, model, tokenizer.pad_token_id, groups)
     # The head is applied to every token; the model picks its output at the last one: (n, 1).
     return forward(**collate(tokenizer, rows, model.device)).logits[:, 0]
 
@@ -278,9 +278,8 @@ def row_lengths(groups: Sequence[Group]) -> list[int]:
 # Any model that transformers loads is accepted if it passes two functions: `load_pretrained` checks
 # what the folder holds, `try_out` what the model does with padding. Both raise a one-line Mistake.
 # LM_HEADS: names of weights in a language model's checkpoint that its reward model does not need.
-LM_HEADS = r"^(lm_head|lm_loss|(lm_|discriminator_|generator_)?predictions|generator_lm_head|"
-LM_HEADS += r"embed_out|pred_layer|sop_classifier|vocab_(transform|layer_norm|projector)|decoder|"
-LM_HEADS += r"cls\.(predictions|seq_relationship))(\.|$)"
+LM_HEADS = r"^(cls\.)?((generator_)?lm_head|lm_loss|([a-z]+_)?predictions|seq_relationship|decoder|"
+LM_HEADS += r"embed_out|pred_layer|sop_classifier|vocab_(transform|layer_norm|projector))(\.|$)"
 
 
 def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options):
@@ -483,10 +482,10 @@ def fit(
         stats |= step(optimizer, [groups[i] for i in batches[number]], number)
         decay.step()
         # The log first: if a kill comes between the two, resume() cuts the log back.
-        checkpoint.log(stats)
+        data.append_jsonl(checkpoint.work / "log.jsonl", stats)
         checkpoint.save(number + 1)
     if look:
-        checkpoint.log({"step": steps, "steps": steps} | look())
+        data.append_jsonl(checkpoint.work / "log.jsonl", {"step": steps, "steps": steps} | look())
     return data.read_jsonl(checkpoint.work / "log.jsonl")
 
 
@@ -529,9 +528,6 @@ class Checkpoint:
             lines = log.read_bytes().splitlines(keepends=True)  # a str would split at U+2028, too
             data.write_text(log, b"".join(lines[: saved["step"]]).decode())
         return saved["step"], saved["kept"]
-
-    def log(self, stats: dict, name: str = "log.jsonl") -> None:
-        data.append_jsonl(self.work / name, stats)
 
     def save(self, step: int, **kept) -> None:
         """Writes checkpoint.pt, if the last one is old enough."""
@@ -615,12 +611,12 @@ def name_of_cache(output) -> str:
     return next(name for name in ("cache", "past_key_values", "cache_params") if name in output)
 
 
-def rewards_reading_prompts_once(forward, model, tokenizer, groups: Sequence[Group]) -> Tensor:
+def rewards_reading_prompts_once(forward, model, pad_id, groups: Sequence[Group]) -> Tensor:
     """Returns what `rewards_of` returns, (n,)."""
-    to_tensors = functools.partial(pad, pad_id=tokenizer.pad_token_id, device=model.device)
-    # Pad prompts on the left: all responses then start in one column, right after their prompts.
-    prompts = to_tensors([group[0][0] for group in groups], left=True)  # (m, p)
-    responses = to_tensors([ids for group in groups for _, ids in group])  # (n, t)
+    # Prompts (m, p) are padded on the left: all responses (n, t) then start in one column, right
+    # after their prompts. A group's first row, like all its rows, begins with the prompt's ids.
+    prompts = pad([group[0][0] for group in groups], pad_id, model.device, left=True)
+    responses = pad([ids for group in groups for _, ids in group], pad_id, model.device)
     owner = torch.tensor([i for i, group in enumerate(groups) for _ in group]).to(model.device)
     return read_prompts_once(forward, model, prompts, responses, owner)[1].logits[:, 0]
 

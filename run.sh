@@ -133,7 +133,6 @@ else # help-desk texts, an untrained model; D: pairs of SFT samples, labelled by
 fi
 rm_flags+=(--model "$run/sft" --data "$pairs/train.jsonl" --eval_data "$pairs/valid.jsonl")
 ppo_flags+=(--ref_policy "$run/sft" --prompts "$run/data/prompts-${ood:+ood-}ppo.jsonl")
-
 # An arm is one way to get the reward models; each has its own chain of policies, from SFT on. A round's seed: $seed$r.
 arm() { # metarm, ppo or reseeded
   local last=$run/sft r reward

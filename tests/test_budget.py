@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {"metarm.py": 285, "rm.py": 350, "ppo.py": 440, "data.py": 492, "eval.py": 415}  # <= 1980
+CODE = {"metarm.py": 285, "rm.py": 346, "ppo.py": 440, "data.py": 491, "eval.py": 415}  # <= 1980
 CODE_PER_COMMENT = {"metarm.py": 4, "rm.py": 4, "ppo.py": 4, "data.py": 7, "eval.py": 7}
-LINES = {"run.sh": 186, "tests/*.py tests/*.sh": 3610, "docs/**/*.py": 2200}
+LINES = {"run.sh": 185, "tests/*.py tests/*.sh": 3600, "docs/**/*.py": 2200}
 LINES |= {"docs/study/*.py": 1250, "docs/by_hand.py": 71}
 
 
@@ -58,9 +58,6 @@ def test_lines_in_all(patterns):
     assert 0 < lines <= LINES[patterns]
 
 
-def test_width_of_run_sh():
+def test_width_of_run_sh_and_words_of_the_readme():
     assert [line for line in text_of("run.sh").splitlines() if len(line) > 120] == []
-
-
-def test_words_of_the_readme():
     assert len(text_of("README.md").split()) <= 1600

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,13 +14,9 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.array(x)))
 
 
-@pytest.fixture(scope="module")
-def output():
+def test_numbers():
     command = [sys.executable, str(ROOT / "docs" / "by_hand.py")]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def test_numbers(output):
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [re.findall(r"(?<!\S)-?\d\.\d{3}", line) for line in output.splitlines()]
     theta, D = np.array([1.0, 0, 0]), np.array([[1, -2, 0], [1, 0, 1]])
     C = np.array([[1, 1, 0]])
@@ -55,8 +50,5 @@ def test_numbers(output):
     hurt, helped = (1 - sigmoid(D @ theta_prime)) / (1 - sigmoid(D @ theta))
     assert plain @ grad_J > 0 and L(theta_prime) > L(theta) > L(new) and hurt > 2 > 1 > helped
     assert plain_C @ grad_J < 0 and L(theta_prime, C) < L(theta, C) and len(lines) <= 25
-
-
-def test_readme_quotes_it(output):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.search(r"<!-- by hand -->\n+```\w*\n(.*?)```", readme, re.DOTALL)[1] == output

@@ -96,7 +96,7 @@ def test_logs_are_cut_back_by_lines_of_the_file(tmp_path):
     checkpoint.resume()
     rows = [{"step": i, "said": "a\u2028b\x85c\n"} for i in range(3)]
     for step, row in enumerate(rows, 1):
-        checkpoint.log(row)
+        data.append_jsonl(tmp_path / "log.jsonl", row)
         if step < 3:
             checkpoint.save(step, queue=[step])
     options["micro_batch_size"] = 4  # what a run out of memory is told to do keeps its checkpoint
