@@ -365,8 +365,8 @@ def read_lines(path) -> list[tuple[str, dict]]:
             where = f"{path}, line {number}"
             if line.strip():  # dict.__or__ fails unless it is an object
                 rows.append((where, dict.__or__(json.loads(line.decode("utf-8-sig")), {})))
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
-        raise Mistake(f"{where}: {error}; give .jsonl in UTF-8, one JSON object per line") from None
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as e:
+        raise Mistake(f"{where}: {e}; give a whole UTF-8 file: one JSON object per line") from None
     if not rows:
         raise Mistake(f"{path}: empty, it has no row")
     return rows
