@@ -107,6 +107,11 @@ class Table:
         for t, seed, arm, head, metric, value in rows:
             if t == task:
                 self.found.setdefault((arm, metric), {})[seed, head] = value
+        plain = self.found.get(("plain", "shifted.margin_sd"), {})
+        for arm, metric in [*self.found]:
+            if metric == "adapted.shifted.margin_sd":  # of θ′, beside the plain RM of the same head
+                gaps = self.found[arm, metric].items()
+                self.found[arm, "adapted.gap"] = {x: y - plain[x] for x, y in gaps if x in plain}
         self.policies = [arm for arm in POLICIES if (arm, "gold.1") in self.found]
         self.add_mean_gold()
 
@@ -200,7 +205,7 @@ along the head, %: climb.head / 0
 multiplies rewards, %: climb.multiplied / 0
 J at θ: shifted.J / 3
 right at θ′, %: adapted.shifted.matched / 1
-gap at θ′, SD: adapted.shifted.margin_sd / 2
+gap at θ′ minus plain RM's, SD: adapted.gap / 2
 """)
 WORTH = read_table("""
 mean gold up to the same KL, SD: gold.path / 2
@@ -259,7 +264,7 @@ def verdicts(tables: list[Table]) -> str:
                 effect = smallest_effect(float(np.std([*some.values()], ddof=1)), len(some))
                 row = [f"**{better(mean, high, p, margin)}**, {p:.2f}", show(some, digits)]
                 rows[f"{table.task}: {name}"] = [*row, f"{len(some)}; {effect:.2g}"]
-    return markdown("MetaRM minus", rows, ["verdict, p", "difference", "worlds; smallest effect"])
+    return markdown("MetaRM minus", rows, ["verdict, p", "difference", "worlds; detectable effect"])
 
 
 def grid(first: str, columns: dict[str, list[str]], rows: dict[str, tuple], figure) -> str:
@@ -288,8 +293,9 @@ def games(table: Table, r: int = ROUNDS) -> str:
 def headline(tables: list[Table]) -> str:
     """The first primary result of each task."""
     gains = [(table.task, table.gain(FIRST)) for table in tables]
-    said = [f"on {task} {show(x, 1)} ({len(x)} worlds)" for task, x in gains if len(x) >= FEW]
-    return f"Shifted pairs ordered right, MetaRM minus plain RM, %: {', '.join(said) or '–'}.\n"
+    said = [f"{task} {show(x, 1)} ({len(x)} worlds)" for task, x in gains if len(x) >= FEW]
+    what = "Pairs of PPO's responses ordered right, MetaRM minus plain RM, points"
+    return f"{what}: {', '.join(said) or '–'}.\n"
 
 
 def tables(folder: Path) -> str:
