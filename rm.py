@@ -278,8 +278,9 @@ def row_lengths(groups: Sequence[Group]) -> list[int]:
 # Any model that transformers loads is accepted if it passes two functions: `load_pretrained` checks
 # what the folder holds, `try_out` what the model does with padding. Both raise a one-line Mistake.
 # LM_HEADS: names of weights in a language model's checkpoint that its reward model does not need.
-LM_HEADS = r"^(cls\.)?((generator_)?lm_head|lm_loss|([a-z]+_)?predictions|seq_relationship|decoder|"
-LM_HEADS += r"embed_out|pred_layer|sop_classifier|vocab_(transform|layer_norm|projector))(\.|$)"
+LM_HEADS = r"^(lm_head|lm_loss|(lm_|discriminator_|generator_)?predictions|generator_lm_head|"
+LM_HEADS += r"embed_out|pred_layer|sop_classifier|vocab_(transform|layer_norm|projector)|decoder|"
+LM_HEADS += r"cls\.(predictions|seq_relationship))(\.|$)"
 
 
 def load_pretrained(auto_class, path: str, may_be_unused: str = "$^", **options):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {"metarm.py": 285, "rm.py": 346, "ppo.py": 440, "data.py": 491, "eval.py": 415}  # <= 1980
+CODE = {"metarm.py": 285, "rm.py": 347, "ppo.py": 440, "data.py": 491, "eval.py": 415}  # <= 1980
 CODE_PER_COMMENT = {"metarm.py": 4, "rm.py": 4, "ppo.py": 4, "data.py": 7, "eval.py": 7}
 LINES = {"run.sh": 185, "tests/*.py tests/*.sh": 3600, "docs/**/*.py": 2200}
 LINES |= {"docs/study/*.py": 1250, "docs/by_hand.py": 71}
